@@ -1,0 +1,1 @@
+"""The side of Tailrace that knows tokens: the pool and its model workers."""
