@@ -5,39 +5,29 @@ A value comes from the first of: the command line (handed on as environment vari
 module reads the environment.
 """
 
-import difflib
 import importlib.util
 import json
 import os
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-PREFIX = "TAILRACE_"
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG_FILE = ROOT / "config" / "local.toml"
+from config.sources import PREFIX, PlatformVariables, TomlFile, config_file, nearest
+from config.sources import ConfigError as ConfigError
 
 GROUPS = ("Model", "Hardware", "Server", "Behaviour", "Limits", "Files and logs")
 
 
-class ConfigError(Exception):
-    """The service cannot start as configured: ``problems`` holds one line for each reason, for the operator."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
-def _setting(default: Any, group: str, help_text: str, *, unit: str = "", metavar: str = "", **constraints: Any) -> Any:
-    """A field with what ``--help`` needs: its group, its unit and the name of its value."""
-    extra: dict[str, Any] = {"group": group, "unit": unit, "metavar": metavar}
+def _setting(
+    default: Any, group: str, help_text: str, *, unit: str = "", metavar: str = "", shown: str = "", **constraints: Any
+) -> Any:
+    """A field with what ``--help`` needs: group, unit, name of the value; ``shown`` stands for a computed default."""
+    extra: dict[str, Any] = {"group": group, "unit": unit, "metavar": metavar, "shown": shown}
     make = "default_factory" if callable(default) else "default"
     return Field(**{make: default}, description=help_text, json_schema_extra=extra, **constraints)
 
@@ -72,17 +62,22 @@ class Settings(BaseSettings):
 
     # --- Model
     base_model: str = _setting(
-        embedded_model, "Model", "directory (safetensors), GGUF file or hub id of the base model", metavar="DIR_OR_GGUF"
+        embedded_model,
+        "Model",
+        "directory (safetensors), GGUF file or hub id of the base model",
+        metavar="DIR_OR_GGUF",
+        shown="the embedded SmolLM2-135M-Instruct",
     )
     lora_model: str | None = _setting(None, "Model", "directory of a LoRA adapter for the base model", metavar="DIR")
     tokenizer_path: str | None = _setting(
-        None, "Model", "directory of the tokenizer; without it the LoRA's own, else the base model's", metavar="DIR"
+        None, "Model", "directory of the tokenizer", metavar="DIR", shown="the LoRA's own, else the base model's"
     )
     served_model_name: Annotated[list[str], NoDecode] = _setting(
         list,
         "Model",
-        "name that clients use; repeatable; without it the model's file or directory name",
+        "name that clients use; repeatable",
         metavar="NAME",
+        shown="the model's file or directory name",
     )
     max_model_len: int = _setting(
         0, "Model", "longest prompt plus answer; 0 = what the model allows", unit="tokens", ge=0
@@ -94,7 +89,12 @@ class Settings(BaseSettings):
     # --- Hardware
     only_cpu: bool = _setting(False, "Hardware", "use no GPU")
     gpus: Annotated[list[int], NoDecode] = _setting(
-        lambda: [0], "Hardware", "GPUs to use, one model worker on each, such as 0,1", metavar="LIST", min_length=1
+        lambda: [0],
+        "Hardware",
+        "GPUs to use, one model worker on each, such as 0,1",
+        metavar="LIST",
+        shown="0",
+        min_length=1,
     )
     use_flash_attention_2: bool = _setting(False, "Hardware", "use the flash-attn package for attention (GPU only)")
     kv_cache_gib: float = _setting(
@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     # --- Server
     host: str = _setting("127.0.0.1", "Server", "address to listen on", metavar="ADDRESS")
     port: int = _setting(19327, "Server", "TCP port to listen on", ge=1, le=65535)
-    http_workers: int = _setting(2, "Server", "HTTP processes (they hold no model)", unit="processes", ge=1, le=256)
+    http_workers: int = _setting(2, "Server", "HTTP processes; they hold no model", unit="processes", ge=1, le=256)
     http_keepalive_s: int = _setting(
         75, "Server", "how long an idle client connection is kept; more than the proxy keeps it", unit="seconds", ge=1
     )
@@ -177,20 +177,23 @@ class Settings(BaseSettings):
     config: Path | None = _setting(
         None,
         "Files and logs",
-        "TOML file with any of these settings; without it config/local.toml, if there is one",
+        "TOML file with any of these settings",
         metavar="FILE",
+        shown="config/local.toml, if there is one",
     )
     runtime_dir: Path = _setting(
         _default_runtime_dir,
         "Files and logs",
-        "private directory for the pool's socket; without it $XDG_RUNTIME_DIR/tailrace-PORT or below the temporary directory",
+        "private directory for the pool's socket",
         metavar="DIR",
+        shown="$XDG_RUNTIME_DIR/tailrace-PORT, else in the temporary directory",
     )
     cache_dir: Path = _setting(
         _default_cache_dir,
         "Files and logs",
-        "directory for converted weights; without it $XDG_CACHE_HOME/tailrace or ~/.cache/tailrace",
+        "directory for converted weights",
         metavar="DIR",
+        shown="$XDG_CACHE_HOME/tailrace or ~/.cache/tailrace",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Files and logs", "least level logged")
 
@@ -198,6 +201,11 @@ class Settings(BaseSettings):
     def quantization(self) -> Literal["8bit", "4bit"] | None:
         """The asked-for quantisation; asking for both is refused by the checks."""
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    @property
+    def bind(self) -> str:
+        """Address and port as gunicorn takes them, with brackets about an IPv6 address."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def pool_socket(self) -> Path:
@@ -248,64 +256,6 @@ class Settings(BaseSettings):
         return init_settings, env_settings, PlatformVariables(settings_cls, toml), toml
 
 
-class _Layer(PydanticBaseSettingsSource):
-    """A source that gives all its values at once."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError("this source gives all its values at once")
-
-
-class TomlFile(_Layer):
-    """The values of the TOML file: flat keys, named as the flags are. Raises `ConfigError` if it cannot be read."""
-
-    def __call__(self) -> dict[str, Any]:
-        path = config_file(self.current_state.get("config"))
-        if path is None:
-            return {}
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"--config: {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"--config: {path}: {error}") from error
-        known = [name for name in Settings.model_fields if name != "config"]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ConfigError(*(f"{path}: unknown key {name!r}{nearest(name, known)}" for name in unknown))
-        return values
-
-
-class PlatformVariables(_Layer):
-    """``PORT`` and ``WEB_CONCURRENCY``, as platforms that run a Procfile set them.
-
-    A platform that gives a port sends its traffic from outside, so the service then listens on every address, unless
-    the operator named one.
-    """
-
-    def __init__(self, settings_cls: type[BaseSettings], toml: TomlFile) -> None:
-        super().__init__(settings_cls)
-        self._toml = toml
-
-    def __call__(self) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        if os.environ.get("WEB_CONCURRENCY"):
-            values["http_workers"] = os.environ["WEB_CONCURRENCY"]
-        if os.environ.get("PORT") and "port" not in self.current_state:
-            values["port"] = os.environ["PORT"]
-            self._toml._set_current_state(self.current_state)
-            if "host" not in self.current_state and "host" not in self._toml():
-                values["host"] = "0.0.0.0"
-        return values
-
-
-def config_file(chosen: str | Path | None = None) -> Path | None:
-    """Return the TOML file in force: the chosen one, TAILRACE_CONFIG, or config/local.toml if it exists."""
-    named = chosen or os.environ.get(PREFIX + "CONFIG")
-    if named:
-        return Path(named).expanduser()
-    return DEFAULT_CONFIG_FILE if DEFAULT_CONFIG_FILE.is_file() else None
-
-
 def load(given: Mapping[str, Any] | None = None) -> Settings:
     """Read the settings; ``given`` are values of the command line, by field name, which win over everything else.
 
@@ -329,12 +279,6 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
         for name in names
         if name.upper().startswith(PREFIX) and name.upper() not in known
     ]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return " (did you mean X?)" for the known name most like ``name``, or ""."""
-    match = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def _explain(error: ErrorDetails, given: Mapping[str, Any]) -> str:
