@@ -1,0 +1,118 @@
+"""What is looked at before anything is loaded, so that a mistake ends in one clear line instead of a traceback.
+
+No torch here: these checks run in the arbiter, where an import of torch would be inherited by every HTTP worker.
+"""
+
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass, field
+
+from config import gpus
+from config.model_checks import check_model
+from config.settings import ConfigError, Settings, unknown_variables
+
+_free_addresses: set[tuple[str, int]] = set()
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """``settings`` to run with (on the CPU if there is no GPU), and lines that the operator should see."""
+
+    settings: Settings
+    notices: list[str] = field(default_factory=list)
+
+
+def preflight(settings: Settings, *, port: bool = True) -> Preflight:
+    """Check all that can be checked without loading. Raises `ConfigError` with a line for each problem.
+
+    ``port`` False leaves out the check of the listening address, for a process that does not listen. It is left out too
+    for an address that was found free before in this process (a reload, where we hold it ourselves) and for sockets
+    that were handed over by a parent.
+    """
+    problems: list[str] = []
+    notices = unknown_variables()
+    if settings.load_in_8bit and settings.load_in_4bit:
+        problems.append("--load_in_8bit, --load_in_4bit: choose one of them")
+    try:
+        settings = with_devices(settings, notices)
+    except ConfigError as error:
+        problems += error.problems
+    problems += _check_packages(settings)
+    problems += check_model(settings)
+    if port:
+        problems += _check_address(settings.host, settings.port)
+    if problems:
+        raise ConfigError(*problems)
+    return Preflight(settings, notices)
+
+
+def with_devices(settings: Settings, notices: list[str] | None = None) -> Settings:
+    """Return the settings with ``only_cpu`` set if GPUs were not asked for and there is none to use.
+
+    Raises `ConfigError` for a GPU that was asked for and is not there. A line for the operator is added to ``notices``.
+    """
+    if settings.only_cpu:
+        return settings
+    found = gpus.count()
+    cpu_torch = _torch_is_for_cpu()
+    asked = "gpus" in settings.model_fields_set
+    if found and not cpu_torch:
+        missing = [number for number in settings.gpus if number >= found]
+        if missing and (asked or settings.gpus != [0]):
+            names = f"0 to {found - 1}" if found > 1 else "only GPU 0"
+            raise ConfigError(f"--gpus: there is no GPU {missing[0]} on this machine ({names})")
+        return settings
+    reason = "the installed torch is built without CUDA" if found else "this machine has no usable NVIDIA GPU"
+    if asked:
+        raise ConfigError(f"--gpus: there is no GPU {settings.gpus[0]}: {reason}; use --only_cpu for the CPU")
+    if notices is not None:
+        notices.append(f"{reason}: running on the CPU")
+    return settings.model_copy(update={"only_cpu": True})
+
+
+def _torch_is_for_cpu() -> bool:
+    """Whether the installed torch is the build without CUDA, told from its version alone."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _check_packages(settings: Settings) -> list[str]:
+    problems = []
+    if settings.use_flash_attention_2:
+        if settings.only_cpu:
+            problems.append("--use_flash_attention_2: flash-attn works on a GPU only")
+        elif importlib.util.find_spec("flash_attn") is None:
+            problems.append("--use_flash_attention_2: flash-attn is not installed (see requirements-gpu.txt)")
+    if settings.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"--load_in_{settings.quantization}: bitsandbytes is not installed")
+    return problems
+
+
+def _check_address(host: str, port: int) -> list[str]:
+    """Try to bind host and port, as gunicorn is going to."""
+    if (host, port) in _free_addresses or os.environ.get("GUNICORN_FD") or os.environ.get("LISTEN_FDS"):
+        return []
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        return [f"--host: {host!r} is no address or name that can be resolved"]
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return [f"--port: {port} on {host} is in use by another process"]
+        if error.errno == errno.EADDRNOTAVAIL:
+            return [f"--host: {host} is no address of this machine"]
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return [f"--port: no permission to listen on {port}"]
+        return [f"--host, --port: cannot listen on {host} port {port}: {error.strerror}"]
+    _free_addresses.add((host, port))
+    return []
