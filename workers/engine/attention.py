@@ -1,0 +1,308 @@
+"""Attention over the block cache, called by transformers' model classes through their attention interface.
+
+A forward pass carries a flat batch: the tokens of many sequences side by side in one row. The model code computes
+everything that is per token; this module does what joins tokens: it writes the new keys and values into the cache and
+lets each sequence attend to its own past. `AttentionBatch` tells where the borders are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from workers.engine.kv_cache import KVCache, LayerShape
+
+
+class UnsupportedAttention(Exception):
+    """The model asks for something of its attention that this engine does not compute."""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences with one new token each and about the same number of blocks.
+
+    ``rows`` ``[n]`` positions in the flat batch; ``blocks`` ``[n, blocks]`` block tables padded with block 0;
+    ``lengths`` ``[n]`` tokens in the cache, the new one included.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """A slice of one prompt: rows ``start`` to ``end`` of the flat batch, ``context`` tokens before it in the cache."""
+
+    start: int
+    end: int
+    context: int
+    blocks: torch.Tensor
+
+
+@dataclass
+class AttentionBatch:
+    """Borders of the sequences in one flat batch. ``slots`` ``[tokens]``: where each token's key and value go."""
+
+    slots: torch.Tensor
+    decodes: list[DecodeGroup]
+    prefills: list[PrefillChunk]
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+
+class AttentionBackend(Protocol):
+    """What a back end must offer: attention of one layer for the whole flat batch."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """``query`` ``[tokens, heads, head_dim]`` -> ``[tokens, heads, value_dim]``."""
+        ...
+
+
+def decode_mask(group: DecodeGroup, tokens: int, window: int | None) -> torch.Tensor:
+    """True where a decoding sequence may look: ``[n, 1, 1, tokens]``."""
+    positions = torch.arange(tokens, device=group.lengths.device)
+    lengths = group.lengths[:, None]
+    mask = positions < lengths
+    if window is not None:
+        mask &= positions > lengths - 1 - window
+    return mask[:, None, None, :]
+
+
+def prefill_mask(chunk: PrefillChunk, window: int | None) -> torch.Tensor:
+    """True where a token of the chunk may look: ``[chunk, context + chunk]``."""
+    total = chunk.context + chunk.end - chunk.start
+    device = chunk.blocks.device
+    keys = torch.arange(total, device=device)
+    queries = torch.arange(chunk.context, total, device=device)[:, None]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return mask
+
+
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention, ``[batch, heads, queries, dim]`` with as many key heads as query heads."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
+
+
+class SdpaBackend:
+    """Pure torch: gathers each sequence's blocks and calls scaled dot-product attention. For the CPU and any GPU."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+        for index, group in enumerate(batch.decodes):
+            out[group.rows] = self._decode(index, query, keys, values, batch, scaling, window, softcap)
+        for index, chunk in enumerate(batch.prefills):
+            out[chunk.start : chunk.end] = self._prefill(
+                len(batch.decodes) + index, chunk, query, keys, values, batch, scaling, window, softcap
+            )
+        return out
+
+    @staticmethod
+    def _decode(
+        index: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        group = batch.decodes[index]
+        count, blocks = group.blocks.shape
+        kv_heads = keys.shape[2]
+        tokens = blocks * keys.shape[1]
+        flat = group.blocks.reshape(-1)
+        key = keys.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
+        value = values.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
+        mask = batch.masks.get((index, window))
+        if mask is None:
+            mask = batch.masks[index, window] = decode_mask(group, tokens, window)
+        # One query token per sequence: the query heads that share a key head can stand in line as if they were several
+        # query tokens, so no key is copied for them.
+        grouped = query[group.rows].view(count, kv_heads, -1, query.shape[-1])
+        out = grouped_attention(
+            grouped, key, value, mask.expand(-1, -1, grouped.shape[2], -1), scaling, softcap
+        )
+        return out.reshape(count, query.shape[1], -1)
+
+    @staticmethod
+    def _prefill(
+        index: int,
+        chunk: PrefillChunk,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        total = chunk.context + chunk.end - chunk.start
+        repeats = query.shape[1] // keys.shape[2]
+
+        def gather(storage: torch.Tensor) -> torch.Tensor:
+            rows = storage.index_select(0, chunk.blocks).flatten(0, 1)[:total].transpose(0, 1)
+            return rows.repeat_interleave(repeats, dim=0).unsqueeze(0)
+
+        causal = chunk.context == 0 and (window is None or window >= total)
+        mask = None
+        if not causal:
+            mask = batch.masks.get((index, window))
+            if mask is None:
+                mask = batch.masks[index, window] = prefill_mask(chunk, window)
+        part = query[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
+        out = grouped_attention(part, gather(keys), gather(values), mask, scaling, softcap, causal=causal)
+        return out.squeeze(0).transpose(0, 1)
+
+
+class FlashBackend:
+    """flash-attn's variable-length kernel, which reads the block tables itself. Needs CUDA and ``flash-attn``.
+
+    Its paged form wants blocks of a multiple of 256 tokens (`BLOCK_SIZE`).
+    """
+
+    BLOCK_SIZE = 256
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_varlen_func
+
+        self._kernel = flash_attn_varlen_func
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        device = query.device
+        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "softcap": softcap or 0.0}
+        if window is not None:
+            options["window_size"] = (window - 1, 0)
+        out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+        parts = [(g.rows, g.blocks, g.lengths, 1) for g in batch.decodes]
+        for c in batch.prefills:
+            size = c.end - c.start
+            rows = torch.arange(c.start, c.end, device=device)
+            parts.append((rows, c.blocks[None], torch.tensor([c.context + size], device=device), size))
+        for rows, blocks, lengths, size in parts:
+            count = blocks.shape[0]
+            out[rows] = self._kernel(
+                query[rows],
+                keys,
+                values,
+                cu_seqlens_q=torch.arange(0, (count + 1) * size, size, dtype=torch.int32, device=device),
+                cu_seqlens_k=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+                max_seqlen_q=size,
+                max_seqlen_k=blocks.shape[1] * keys.shape[1],
+                block_table=blocks.to(torch.int32),
+                **options,
+            )
+        return out
+
+
+class BlockAttention:
+    """The attention function of one model: registered with transformers under a name of its own.
+
+    Before each forward pass the runner sets ``batch``; the model then calls `__call__` once per layer. While ``probe``
+    is a dict, no cache exists yet: plain causal attention is computed and each layer's shape is noted there.
+    """
+
+    _registered = 0
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        BlockAttention._registered += 1
+        self.name = f"tailrace_{BlockAttention._registered}"
+        self.backend = backend
+        self.cache: KVCache | None = None
+        self.batch: AttentionBatch | None = None
+        self.probe: dict[int, LayerShape] | None = None
+        AttentionInterface.register(self.name, self)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """``query`` ``[1, heads, tokens, head_dim]``, ``key``/``value`` with kv_heads -> ``[1, tokens, heads, dim]``."""
+        if s_aux is not None:
+            raise UnsupportedAttention("attention sinks")
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.probe is not None:
+            self.probe[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+            return self._plain(query, key, value, scaling, sliding_window, softcap), None
+        assert self.cache is not None and self.batch is not None, "forward pass without a batch"
+        batch = self.batch
+        for storage, new in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
+            storage.flatten(0, 1).index_copy_(0, batch.slots, new[0].transpose(0, 1).to(storage.dtype))
+        rows = query[0].transpose(0, 1)
+        out = self.backend.attend(layer, rows, self.cache, batch, scaling, sliding_window, softcap)
+        return out.unsqueeze(0), None
+
+    @staticmethod
+    def _plain(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        tokens, repeats = query.shape[2], query.shape[1] // key.shape[1]
+        mask = prefill_mask(PrefillChunk(0, tokens, 0, torch.zeros(1, device=query.device)), window)
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        return grouped_attention(query, key, value, mask, scaling, softcap).transpose(1, 2)

@@ -1,0 +1,229 @@
+"""Loads model and tokenizer as the configuration says: safetensors or GGUF, LoRA, quantisation.
+
+Everything goes through transformers and peft with remote code off and safetensors only. What cannot be served ends in
+`LoadError` with one line for the operator.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from workers.config import WorkerConfig
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[float, str], None]
+
+# A GGUF file is unpacked to float32 once and kept, when that takes no more disk than this (bytes).
+UNPACKED_LIMIT = 4 * 1024**3
+SEED_OF_NEW_ROWS = 0
+
+
+class LoadError(Exception):
+    """The model cannot be loaded as configured; the message is one line for the operator."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """``model`` is a causal LM in eval mode on its device; ``tokenizer`` a transformers tokenizer with a fast backend."""
+
+    model: Any
+    tokenizer: Any
+    generation: GenerationConfig
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
+    """Load what ``config`` names; ``progress`` (0..1, stage) is called from this thread as the work goes on."""
+    transformers.utils.logging.set_verbosity_error()
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f"no usable CUDA device for --gpus {config.visible_devices}")
+    dtype = choose_dtype(config.dtype, device)
+    progress(0.05, "reading the tokenizer")
+    base, options = _source(config, progress)
+    with _readable_errors(config.base_model), _weights_progress(progress):
+        tokenizer = _load_tokenizer(config, base, options)
+        progress(0.2, "loading weights")
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=None if "gguf_file" in options else True,
+            **_quantization(config, dtype, device),
+            **options,
+        )
+    _fit_vocabulary(model, tokenizer)
+    if config.lora_model:
+        progress(0.85, "applying the LoRA adapter")
+        model = _apply_lora(model, config, dtype)
+    if not config.quantization:
+        model = model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, tokenizer, model.generation_config, dtype, device)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: "auto" is bfloat16 where the hardware multiplies it, float32 or float16 elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return torch.bfloat16 if "avx512_bf16" in text or "amx_bf16" in text else torch.float32
+
+
+def _source(config: WorkerConfig, progress: Progress) -> tuple[str, dict[str, Any]]:
+    """Return what to give to ``from_pretrained``: a path or hub id, and options."""
+    path = Path(config.base_model)
+    if not path.is_file():
+        return config.base_model, {}
+    unpacked = _unpacked_gguf(path, Path(config.cache_dir), progress)
+    if unpacked is not None:
+        return str(unpacked), {}
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | None:
+    """Return a safetensors directory with the exact weights of the GGUF file, made now or at an earlier start.
+
+    Reading a GGUF through transformers costs many seconds at each start, most of them in parsing its metadata. None when the
+    file is too large to keep unpacked, or the cache directory cannot be written.
+    """
+    stat = path.stat()
+    name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
+    target = cache_dir / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    if (target / "config.json").exists():
+        return target
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        progress(0.06, "unpacking the GGUF file (once)")
+        with _readable_errors(str(path)):
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        if sum(p.numel() for p in model.parameters()) * 4 > UNPACKED_LIMIT:
+            return None
+        # The copy holds plain float32 weights: nothing about it is GGUF any more.
+        model.config.quantization_config = None
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
+        partial.rename(target)
+    except OSError as error:
+        if (target / "config.json").exists():
+            return target
+        log.warning("cannot keep the unpacked model in %s: %s", cache_dir, error)
+        return None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _load_tokenizer(config: WorkerConfig, base: str, options: dict[str, Any]) -> Any:
+    """``--tokenizer_path``, else the LoRA's directory when it holds a tokenizer, else the base model."""
+    if config.tokenizer_path:
+        source, options = config.tokenizer_path, {}
+    elif config.lora_model and has_tokenizer(Path(config.lora_model)):
+        source, options = config.lora_model, {}
+    else:
+        source = base
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    if not getattr(tokenizer, "is_fast", False):
+        raise LoadError(f"the tokenizer in {source} has no fast (tokenizers) form")
+    return tokenizer
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / n).exists() for n in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _quantization(config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    if config.quantization is None:
+        return {}
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _fit_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Give the embedding matrix a row for every token, as the demo does; the new rows are the same at every start."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        log.warning("the tokenizer has %d tokens, the embedding matrix %d rows: resized", len(tokenizer), rows)
+        torch.manual_seed(SEED_OF_NEW_ROWS)
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _apply_lora(model: Any, config: WorkerConfig, dtype: torch.dtype) -> Any:
+    """Merge the adapter into the weights; beside quantised weights it stays apart, which is exact."""
+    from peft import PeftModel
+
+    assert config.lora_model
+    with _readable_errors(config.lora_model, flag="--lora_model"):
+        adapted = PeftModel.from_pretrained(model, config.lora_model, torch_dtype=dtype)
+        if config.quantization:
+            return adapted.get_base_model()
+        return adapted.merge_and_unload()
+
+
+@contextlib.contextmanager
+def _readable_errors(source: str, flag: str = "--base_model") -> Iterator[None]:
+    """Turn whatever a library raises while loading into one line that names the flag."""
+    try:
+        yield
+    except (LoadError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        log.debug("loading failed", exc_info=True)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(f"{flag} {source} cannot be loaded: {text[:500]}") from error
+
+
+@contextlib.contextmanager
+def _weights_progress(progress: Progress) -> Iterator[None]:
+    """Report transformers' own progress through the weights as 0.2..0.8 of the whole."""
+
+    class Bar(transformers.utils.logging.EmptyTqdm):  # type: ignore[misc]
+        def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            super().__init__(*args, **kwargs)
+            self._items = args[0] if args else kwargs.get("iterable")
+            self._total = kwargs.get("total") or (len(self._items) if hasattr(self._items, "__len__") else 0)
+            self._done = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self._items or ():
+                yield item
+                self.update()
+
+        def update(self, count: int = 1) -> None:
+            self._done += count
+            if self._total:
+                progress(0.2 + 0.6 * min(1.0, self._done / self._total), "loading weights")
+
+    previous = transformers.utils.logging.set_tqdm_hook(lambda _factory, args, kwargs: Bar(args, kwargs))
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(previous)

@@ -1,0 +1,151 @@
+"""A sequence: one row of the batch, that is, one choice of one job while it is being generated."""
+
+from enum import Enum, auto
+
+import numpy as np
+import torch
+
+from workers.engine.kv_cache import BlockPool, OutOfBlocks, chain_hash, salt_hash
+from workers.messages import EmbedJob, GenerateJob, Job
+
+
+class State(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """Token ids of prompt and output, and how many of them the KV cache holds.
+
+    ``ids[:length]`` are the tokens so far, ``prompt_length`` of them given. Tokens ``ids[:computed]`` have their keys and
+    values in the blocks of ``blocks``. A decoding sequence has exactly one token that is not computed; anything more is
+    prefill, be it a new prompt or one that was preempted.
+    """
+
+    def __init__(self, job: Job, choice: int, ids: list[int], capacity: int) -> None:
+        self.job = job
+        self.choice = choice
+        self.state = State.WAITING
+        self.prompt_length = len(job.prompt)
+        self.length = len(ids)
+        self.ids = np.zeros(max(capacity, self.length), dtype=np.int64)
+        self.ids[: self.length] = ids
+        self.computed = 0
+        self.cached_tokens = 0
+        # Admitted, but not in any pass yet: a single pending token is then still prompt.
+        self.fresh = True
+        # The job's choices or beams are sequences of their own now.
+        self.forked = False
+        self.blocks: list[int] = []
+        self._hashes: list[bytes] = []
+        salt = f"{job.adapter}\0{job.salt}" if isinstance(job, GenerateJob) else ""
+        self._salt = salt_hash(salt)
+        # Sum of the last hidden states so far, for an embedding job only: float32 [hidden_size].
+        self.hidden_sum: torch.Tensor | None = None
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.job, EmbedJob)
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return self.length - self.computed
+
+    @property
+    def output_length(self) -> int:
+        return self.length - self.prompt_length
+
+    def append(self, token: int) -> None:
+        self.ids[self.length] = token
+        self.length += 1
+
+    def restart(self) -> None:
+        """Forget the output: back to the prompt alone. Blocks must have been released."""
+        self.length = self.prompt_length
+        self.forked = False
+        self._hashes = []
+
+    def output_ids(self) -> list[int]:
+        ids: list[int] = self.ids[self.prompt_length : self.length].tolist()
+        return ids
+
+    # --- blocks -------------------------------------------------------------------------------------------------------
+
+    def take_cached_prefix(self, pool: BlockPool) -> int:
+        """Adopt the blocks of the pool that hold the beginning of this sequence; return the number of tokens saved.
+
+        At least one token stays to be computed, because its logits are wanted. An embedding needs the hidden states of
+        all its tokens, so it adopts nothing.
+        """
+        if self.is_embedding:
+            return 0
+        size = pool.block_size
+        for index in range((self.length - 1) // size):
+            block = pool.find(self._hash(index, size))
+            if block is None:
+                break
+            self.blocks.append(block)
+        self.computed = len(self.blocks) * size
+        return self.computed
+
+    def blocks_needed(self, tokens: int, block_size: int) -> int:
+        """Blocks to add so that ``tokens`` more tokens fit behind the computed ones."""
+        return max(0, -(-(self.computed + tokens) // block_size) - len(self.blocks))
+
+    def reserve(self, tokens: int, pool: BlockPool) -> list[tuple[int, int]]:
+        """Make room for ``tokens`` more computed tokens; return the block copies that must happen before the write.
+
+        Raises `OutOfBlocks` and takes nothing when they are not there.
+        """
+        first = self.computed // pool.block_size
+        # Copy on write: the last block is half full and somebody else goes on from it, too.
+        copy = bool(self.computed % pool.block_size) and pool.is_shared(self.blocks[first])
+        needed = self.blocks_needed(tokens, pool.block_size)
+        if pool.free < needed + copy:
+            raise OutOfBlocks
+        copies: list[tuple[int, int]] = []
+        if copy:
+            own = pool.allocate()
+            copies.append((self.blocks[first], own))
+            pool.release(self.blocks[first])
+            self.blocks[first] = own
+        self.blocks.extend(pool.allocate() for _ in range(needed))
+        return copies
+
+    def advance(self, tokens: int, pool: BlockPool) -> None:
+        """Note that ``tokens`` more tokens are computed; blocks that are full now can be found by others."""
+        before = self.computed // pool.block_size
+        self.computed += tokens
+        for index in range(before, self.computed // pool.block_size):
+            pool.register(self.blocks[index], self._hash(index, pool.block_size))
+
+    def release_blocks(self, pool: BlockPool) -> None:
+        """Give every block back; the sequence would have to be computed again."""
+        # Last blocks first: the beginning of a prompt is the likelier one to be wanted again, so it is evicted last.
+        for block in reversed(self.blocks):
+            pool.release(block)
+        self.blocks = []
+        self.computed = 0
+        self.hidden_sum = None
+
+    def fork(self, choice: int, pool: BlockPool) -> "Sequence":
+        """Return a copy that shares all blocks with this one."""
+        twin = Sequence.__new__(Sequence)
+        twin.__dict__.update(self.__dict__)
+        twin.choice = choice
+        twin.ids = self.ids.copy()
+        twin.blocks = list(self.blocks)
+        twin._hashes = list(self._hashes)
+        for block in twin.blocks:
+            pool.share(block)
+        return twin
+
+    def _hash(self, index: int, size: int) -> bytes:
+        """Return the chain hash of block ``index``. Tokens behind a hashed block never change."""
+        while len(self._hashes) <= index:
+            at = len(self._hashes)
+            previous = self._hashes[-1] if at else self._salt
+            self._hashes.append(chain_hash(previous, self.ids[at * size : (at + 1) * size]))
+        return self._hashes[index]
