@@ -18,8 +18,8 @@ def misfit_of_adapter(adapter: dict[str, Shape], base: BaseModel) -> str | None:
     """Return the first reason why an adapter (shapes by tensor name) cannot sit on the base model, or None.
 
     lora_A is [rank, in] and lora_B [out, rank] where the module's weight is [out, in] (or [in, out] in a few old
-    models); for an embedding they are [rank, vocabulary] and [hidden, rank]. A vocabulary may differ from the base's,
-    since it is resized to the tokenizer's. Fused experts have other names in the file than in the model, and are left to
+    models); for an embedding they are [rank, vocabulary] and [hidden, rank]. A vocabulary may differ from the base's:
+    it is resized to the tokenizer's. Fused experts have other names in the file than in the model and are left to
     the model worker.
     """
     lora: dict[str, dict[str, Shape]] = {}

@@ -4,7 +4,6 @@ No torch here: these checks run in the arbiter, where an import of torch would b
 """
 
 import errno
-import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -57,28 +56,19 @@ def with_devices(settings: Settings, notices: list[str] | None = None) -> Settin
     if settings.only_cpu:
         return settings
     found = gpus.count()
-    cpu_torch = _torch_is_for_cpu()
     asked = "gpus" in settings.model_fields_set
-    if found and not cpu_torch:
+    if found:
         missing = [number for number in settings.gpus if number >= found]
         if missing and (asked or settings.gpus != [0]):
             names = f"0 to {found - 1}" if found > 1 else "only GPU 0"
             raise ConfigError(f"--gpus: there is no GPU {missing[0]} on this machine ({names})")
         return settings
-    reason = "the installed torch is built without CUDA" if found else "this machine has no usable NVIDIA GPU"
+    reason = "the installed torch is built without CUDA" if gpus.present() else "this machine has no usable NVIDIA GPU"
     if asked:
         raise ConfigError(f"--gpus: there is no GPU {settings.gpus[0]}: {reason}; use --only_cpu for the CPU")
     if notices is not None:
         notices.append(f"{reason}: running on the CPU")
     return settings.model_copy(update={"only_cpu": True})
-
-
-def _torch_is_for_cpu() -> bool:
-    """Whether the installed torch is the build without CUDA, told from its version alone."""
-    try:
-        return importlib.metadata.version("torch").endswith("+cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def _check_packages(settings: Settings) -> list[str]:
@@ -93,9 +83,15 @@ def _check_packages(settings: Settings) -> list[str]:
     return problems
 
 
+def _sockets_handed_over() -> bool:
+    """Whether listening sockets come from an older gunicorn (USR2) or from systemd."""
+    environ = os.environ
+    return bool(environ.get("GUNICORN_FD")) or environ.get("LISTEN_PID") == str(os.getpid())
+
+
 def _check_address(host: str, port: int) -> list[str]:
     """Try to bind host and port, as gunicorn is going to."""
-    if (host, port) in _free_addresses or os.environ.get("GUNICORN_FD") or os.environ.get("LISTEN_FDS"):
+    if (host, port) in _free_addresses or _sockets_handed_over():
         return []
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

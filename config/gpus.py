@@ -1,12 +1,26 @@
 """Which NVIDIA GPUs this machine has, found out without CUDA."""
 
 import ctypes
+import importlib.metadata
 import os
 from pathlib import Path
 
 
 def count() -> int:
-    """Return the number of GPUs that the driver offers; 0 without driver, GPU or permission.
+    """Return the number of GPUs that can be used; 0 without driver, GPU, permission, or a torch built for CUDA."""
+    return 0 if torch_is_for_cpu() else present()
+
+
+def torch_is_for_cpu() -> bool:
+    """Whether the installed torch is the build without CUDA, told from its version alone."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def present() -> int:
+    """Return the number of GPUs that the driver offers.
 
     Asks NVML, which makes no CUDA context (a parent that touched CUDA could not start model workers), and falls back to
     what the kernel driver lists. ``CUDA_VISIBLE_DEVICES`` set to nothing hides all of them, as it does for CUDA.
