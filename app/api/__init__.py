@@ -1,0 +1,1 @@
+"""HTTP: routes, checks of requests, answers and event streams in OpenAI's shapes."""

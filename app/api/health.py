@@ -1,0 +1,68 @@
+"""Health: alive is this process, ready is "a token can be produced now", asked of the pool at that moment."""
+
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response
+
+from app.api.service import json_answer, loading_message, service
+from workers.messages import PoolStatus
+
+blueprint = Blueprint("health", __name__)
+
+# A pool that does not answer within this time is taken for hung.
+ANSWER_TIMEOUT_S = 1.0
+
+
+@blueprint.get("/livez")
+def live() -> Response:
+    """This process answers."""
+    return json_answer({"status": "ok"})
+
+
+@blueprint.get("/readyz")
+def ready() -> Response:
+    """Whether a request would be answered now."""
+    status = service().pool.query_status(ANSWER_TIMEOUT_S)
+    reason = problem(status)
+    return _answer({"status": "ready"} if reason is None else {"status": "not ready", "reason": reason}, reason)
+
+
+@blueprint.get("/health")
+def health() -> Response:
+    """The same, with each model worker."""
+    status = service().pool.query_status(ANSWER_TIMEOUT_S)
+    reason = problem(status)
+    body: dict[str, Any] = {"status": "ready" if reason is None else "not ready"}
+    if reason is not None:
+        body["reason"] = reason
+    if status is not None:
+        body |= {"queued": status.queued, "running": status.running, "draining": status.draining}
+        body["workers"] = [{**msgspec.structs.asdict(worker)} for worker in status.workers]
+    return _answer(body, reason)
+
+
+def problem(status: PoolStatus | None) -> str | None:
+    """Why no token can be produced, or None."""
+    owner = service()
+    if owner.draining:
+        return "The server is shutting down."
+    if status is None:
+        return "The model pool does not answer."
+    if status.draining:
+        return "The server is shutting down."
+    if not status.ready:
+        if status.card_path is None:
+            return loading_message(status)
+        return "No model worker is ready."
+    if owner.models.current() is None:
+        return owner.models.problem or "The model's card is being read."
+    return None
+
+
+def _answer(body: dict[str, Any], reason: str | None) -> Response:
+    response = json_answer(body, 200 if reason is None else 503)
+    response.headers["Cache-Control"] = "no-store"
+    if reason is not None:
+        response.headers["Retry-After"] = "2"
+    return response

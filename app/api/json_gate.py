@@ -1,0 +1,100 @@
+"""The gate before pydantic: reads a body with limits and makes sure that it is one harmless JSON object.
+
+orjson itself refuses what must not pass: other encodings than UTF-8, byte order marks, lone surrogates, NaN, Infinity
+and numbers that overflow. The rest is counted here.
+"""
+
+from typing import Any
+
+import gevent
+import orjson
+from flask import Request
+from werkzeug.wsgi import get_input_stream
+
+from app.api.errors import ApiError, invalid
+from app.text.errors import ClientGone
+
+MAX_DEPTH = 64
+MAX_KEYS = 10_000
+MAX_ITEMS = 1_048_576
+_READ_BYTES = 64 * 1024
+
+
+def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    """Return the whole body.
+
+    Raises `ApiError` 413 beyond ``limit`` bytes, 415 for another media type, 408 after ``timeout_s`` seconds.
+    """
+    _check_media_type(request)
+    length = request.content_length
+    if length is not None and length > limit:
+        raise _too_large(limit)
+    stream = get_input_stream(request.environ, safe_fallback=True)
+    parts: list[bytes] = []
+    size = 0
+    timeout = gevent.Timeout.start_new(timeout_s)
+    try:
+        while data := stream.read(_READ_BYTES):
+            size += len(data)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(data)
+    except gevent.Timeout as expired:
+        if expired is not timeout:
+            raise
+        raise ApiError(408, "The request body came too slowly.") from None
+    except ApiError:
+        raise
+    except OSError:
+        raise ClientGone from None
+    except Exception:
+        # gunicorn's parser found the chunked coding broken.
+        raise invalid("The request body could not be read.") from None
+    finally:
+        timeout.close()
+    return b"".join(parts)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``body``. Raises `ApiError` 400 for anything else."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"The request body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("The request body must be a JSON object.")
+    _check_limits(value)
+    return value
+
+
+def _check_media_type(request: Request) -> None:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ApiError(415, "The request body must not be compressed.")
+    if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        raise ApiError(415, "The request body must be application/json.")
+    if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+        raise ApiError(415, "The request body must be UTF-8.")
+
+
+def _check_limits(root: dict[str, Any]) -> None:
+    """Depth, keys and items. No recursion, and one C-speed pass over a long list of numbers."""
+    waiting: list[tuple[Any, int]] = [(root, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise invalid(f"The request body is nested more than {MAX_DEPTH} levels deep.")
+        if isinstance(node, dict):
+            if len(node) > MAX_KEYS:
+                raise invalid(f"An object in the request body has more than {MAX_KEYS} keys.")
+            children: Any = node.values()
+        else:
+            if len(node) > MAX_ITEMS:
+                raise invalid(f"A list in the request body has more than {MAX_ITEMS} items.")
+            children = node
+        kinds = set(map(type, children))
+        if dict in kinds or list in kinds:
+            waiting.extend((child, depth + 1) for child in children if type(child) in (dict, list))
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes.")

@@ -1,0 +1,38 @@
+"""Work that would hold up the hub runs on gevent's native threads.
+
+While one greenlet computes, no other client of this process is served. Everything whose cost grows with the prompt goes
+through `off_hub`; the library calls behind it must release the GIL (or be Python code, which gives it up every 5 ms).
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gevent
+
+T = TypeVar("T")
+
+# Below this size (characters or bytes) the hop to another thread costs more than the work.
+INLINE_SIZE = 4096
+
+
+def off_hub(function: Callable[..., T], *args: Any) -> T:
+    """Return ``function(*args)``, computed on a native thread while other greenlets run. Raises what it raises."""
+
+    def guarded() -> tuple[T | None, BaseException | None]:
+        # An exception that reaches the thread pool is printed with a traceback; ours is an ordinary outcome.
+        try:
+            return function(*args), None
+        except Exception as error:
+            return None, error
+
+    value, error = gevent.get_hub().threadpool.apply(guarded)
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def off_hub_if_large(size: int, function: Callable[..., T], *args: Any) -> T:
+    """Return ``function(*args)``: here when ``size`` is small, else as `off_hub` does."""
+    if size <= INLINE_SIZE:
+        return function(*args)
+    return off_hub(function, *args)
