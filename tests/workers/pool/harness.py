@@ -1,0 +1,220 @@
+"""What the tests of the pool share: a pool process, a client of it, and waiting for conditions."""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from workers.messages import (
+    ClientMessage,
+    Event,
+    Events,
+    Failed,
+    GenerateJob,
+    Output,
+    PoolMessage,
+    PoolStatus,
+    SamplingParams,
+    Started,
+)
+from workers.wire import Decoder, encode
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENCE = 20.0
+
+_numbers = itertools.count(1)
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Return when ``condition`` holds; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for {what}"
+        time.sleep(0.01)
+
+
+def job(prompt: list[int], max_tokens: int = 20, *, n: int = 1, seed: int = 0) -> GenerateJob:
+    """A job with an id of its own."""
+    return GenerateJob(
+        id=f"job-{os.getpid()}-{next(_numbers)}",
+        prompt=prompt,
+        max_tokens=max_tokens,
+        n=n,
+        sampling=SamplingParams(seed=seed),
+    )
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``."""
+    with suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    return []
+
+
+def wait_dead(pids: list[int], seconds: float = PATIENCE) -> None:
+    """Wait until none of ``pids`` is left."""
+    wait_until(lambda: not any(map(alive, pids)), f"the end of {[pid for pid in pids if alive(pid)]}", seconds)
+
+
+class Connection:
+    """An HTTP worker's connection to the pool, as a test sees it."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(str(path))
+        self.decoder: Decoder[PoolMessage] = Decoder(PoolMessage)
+        self.events: dict[str, list[Event]] = {}
+        self.frames: list[Events] = []
+        self.status: PoolStatus | None = None
+
+    def send(self, *messages: ClientMessage) -> None:
+        self.socket.sendall(b"".join(map(encode, messages)))
+
+    def wait(self, condition: Callable[[], object], what: str = "the pool", seconds: float = PATIENCE) -> None:
+        """Read until ``condition`` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            left = deadline - time.monotonic()
+            assert left > 0, f"waited {seconds:.0f} s in vain for {what}"
+            self.socket.settimeout(left)
+            try:
+                data = self.socket.recv(1 << 16)
+            except TimeoutError:
+                continue
+            if not data:
+                raise EOFError(f"the pool closed the connection; waited for {what}")
+            for message in self.decoder.feed(data):
+                if isinstance(message, PoolStatus):
+                    self.status = message
+                else:
+                    self.frames.append(message)
+                    for event in message.events:
+                        self.events.setdefault(event.id, []).append(event)
+
+    def wait_end(self) -> None:
+        """Read until the pool closes the connection."""
+        with suppress(EOFError, ConnectionResetError):
+            self.wait(lambda: False, "the connection's end")
+
+    def wait_ready(self, workers: int = 1) -> PoolStatus:
+        """Wait until so many workers are ready."""
+        self.wait(
+            lambda: self.status and sum(worker.state == "ready" for worker in self.status.workers) >= workers,
+            f"{workers} ready workers",
+        )
+        assert self.status is not None
+        return self.status
+
+    def tokens(self, wanted: GenerateJob, choice: int = 0) -> list[int]:
+        """The tokens of a choice so far."""
+        outputs = [event for event in self.events.get(wanted.id, []) if isinstance(event, Output)]
+        return [token for output in outputs if output.choice == choice for token in output.ids]
+
+    def finish_reasons(self, wanted: GenerateJob) -> dict[int, str]:
+        """The finish reasons so far, by choice."""
+        outputs = [event for event in self.events.get(wanted.id, []) if isinstance(event, Output)]
+        return {output.choice: output.finish_reason for output in outputs if output.finish_reason}
+
+    def failure(self, wanted: GenerateJob) -> Failed | None:
+        """The job's failure, if it has failed."""
+        return next((event for event in self.events.get(wanted.id, []) if isinstance(event, Failed)), None)
+
+    def started(self, wanted: GenerateJob) -> int:
+        """How often the client heard that the job started."""
+        return sum(isinstance(event, Started) for event in self.events.get(wanted.id, []))
+
+    def wait_tokens(self, wanted: GenerateJob, count: int, choice: int = 0) -> None:
+        """Wait for so many tokens of a choice."""
+        self.wait(lambda: len(self.tokens(wanted, choice)) >= count, f"{count} tokens of {wanted.id}")
+
+    def wait_answer(self, *jobs: GenerateJob) -> None:
+        """Wait until each job has ended, well or badly."""
+        self.wait(
+            lambda: all(self.failure(each) or len(self.finish_reasons(each)) == each.n for each in jobs),
+            f"the end of {[each.id for each in jobs]}",
+        )
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class PoolProcess:
+    """A running pool with the scripted engine; see `tests.workers.pool.run_pool` for the options."""
+
+    def __init__(self, directory: Path, *arguments: str, lifeline: bool = False) -> None:
+        self.directory = directory
+        self.log_path = directory / "pool.log"
+        ours, theirs = socket.socketpair()
+        extra = ["--lifeline", str(theirs.fileno())] if lifeline else []
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.workers.pool.run_pool", str(directory), *arguments, *extra],
+                cwd=ROOT,
+                pass_fds=[theirs.fileno()],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        theirs.close()
+        self.lifeline = ours
+        self.path = directory / "pool.sock"
+
+    @property
+    def log(self) -> str:
+        """What the pool has said."""
+        return self.log_path.read_text()
+
+    def connect(self, workers: int = 0) -> Connection:
+        """Return a connection, after waiting for so many ready workers."""
+        wait_until(self._listens, "the pool's socket")
+        connection = Connection(self.path)
+        if workers:
+            connection.wait_ready(workers)
+        return connection
+
+    def open_gate(self, number: int) -> None:
+        """Let the jobs (or the loading, 0) go on that wait for it."""
+        (self.directory / f"gate-{number}").touch()
+
+    def kill_all(self) -> None:
+        """Leave nothing behind, however the test went."""
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.lifeline.close()
+        wait_dead(pids)
+
+    def _listens(self) -> bool:
+        assert self.process.poll() is None, self.log
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            return probe.connect_ex(str(self.path)) == 0
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory whose path is short enough for a Unix socket."""
+    path = Path(tempfile.mkdtemp(prefix="tr-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

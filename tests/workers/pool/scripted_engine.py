@@ -1,0 +1,165 @@
+"""An engine without a model: tokens are a pure function of the job, and the prompt says how to misbehave.
+
+A prompt is ``[command, at, once, ...]``: the command is carried out before the token at position ``at``; with ``once`` 1
+only in a first run, not in a replay. ``base_model`` may ask for misbehaviour while loading (`LOADING`).
+"""
+
+import os
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workers.config import WorkerConfig
+from workers.messages import (
+    Cancel,
+    Embedded,
+    EmbedJob,
+    Failed,
+    Fatal,
+    GenerateJob,
+    Loading,
+    Order,
+    Output,
+    Ready,
+    Report,
+    Started,
+    Stats,
+)
+
+PLAIN, HANG, RAISE, EXIT, GARBAGE, SILENT, WAIT, REFUSE, BURST = range(9)
+LOADING = ("scripted:fatal", "scripted:crash", "scripted:wait", "scripted:child")
+
+STEP_SECONDS = 0.002
+STATS_SECONDS = 0.1
+HUGE = 20_000
+
+
+def token(prompt: list[int], seed: int, choice: int, position: int) -> int:
+    """The one token that belongs there."""
+    return (sum(prompt) * 31 + seed * 17 + choice * 1009 + position * 7) % 50_000 + 100
+
+
+def expected(job: GenerateJob, choice: int = 0) -> list[int]:
+    """All tokens that a client of ``job`` must get."""
+    return [token(job.prompt, job.sampling.seed, choice, position) for position in range(job.max_tokens)]
+
+
+def gate(config_dir: str | Path, number: int) -> Path:
+    """The file that a job with the command WAIT and the extra prompt id ``number`` waits for; 0 for loading."""
+    return Path(config_dir) / f"gate-{number}"
+
+
+@dataclass
+class _Running:
+    job: GenerateJob
+    replay: bool
+    done: list[int]
+    open: set[int] = field(default_factory=set)
+
+
+def run(config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Callable[[list[Report]], None]) -> None:
+    """The engine contract of `workers.entry`."""
+    emit([Loading(progress=0.0, stage="reading"), Loading(progress=0.5, stage="reading")])
+    if config.base_model == "scripted:fatal":
+        emit([Fatal(message="this model\ncannot be served")])
+        return
+    if config.base_model == "scripted:crash":
+        os._exit(9)
+    if config.base_model == "scripted:wait":
+        while not gate(config.cache_dir, 0).exists():
+            time.sleep(0.005)
+    if config.base_model == "scripted:child" and os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    emit([Ready(card_path=f"{config.runtime_dir}/card.json")])
+    _Loop(config, inbox, emit).run()
+
+
+class _Loop:
+    def __init__(self, config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Callable[..., None]):
+        self._config, self._inbox, self._emit = config, inbox, emit
+        self._running: dict[str, _Running] = {}
+        self._steps = 0
+        self._stats_at = 0.0
+
+    def run(self) -> None:
+        while True:
+            reports: list[Report] = []
+            while True:
+                try:
+                    order = self._inbox.get(timeout=0 if self._running else 0.05)
+                except queue.Empty:
+                    break
+                if order is None:
+                    return
+                self._take(order, reports)
+            for each in list(self._running.values()):
+                self._step(each, reports)
+            if time.monotonic() >= self._stats_at:
+                self._stats_at = time.monotonic() + STATS_SECONDS
+                reports.append(
+                    Stats(steps=self._steps, running=len(self._running), waiting=0, blocks_used=0, blocks_total=1)
+                )
+            if reports:
+                self._emit(reports)
+            if self._running:
+                self._steps += 1
+                time.sleep(STEP_SECONDS)
+
+    def _take(self, order: Order, reports: list[Report]) -> None:
+        if isinstance(order, Cancel):
+            running = self._running.get(order.id)
+            if running is None:
+                return
+            running.open -= set(running.open) if order.choice is None else {order.choice}
+            if not running.open:
+                del self._running[order.id]
+            return
+        reports.append(Started(id=order.id))
+        if isinstance(order, EmbedJob):
+            reports.append(Embedded(id=order.id, vector=bytes(4 * len(order.prompt))))
+            return
+        if order.prompt[0] == REFUSE:
+            reports.append(Failed(id=order.id, kind="invalid", message="refused as told"))
+            return
+        done = [len(ids) for ids in order.emitted] or [0] * order.n
+        self._running[order.id] = _Running(order, bool(order.emitted), done, set(range(order.n)))
+
+    def _step(self, running: _Running, reports: list[Report]) -> None:
+        job = running.job
+        command, at, once = (*job.prompt, 0, 0, 0)[:3]
+        for choice in sorted(running.open):
+            position = running.done[choice]
+            if position == at and not (once and running.replay) and self._obey(command, job, reports):
+                return
+            ids = []
+            if position < job.max_tokens:
+                count = min(HUGE, job.max_tokens - position) if command == BURST else 1
+                ids = [token(job.prompt, job.sampling.seed, choice, position + i) for i in range(count)]
+                running.done[choice] = position = position + count
+            last = position >= job.max_tokens
+            reports.append(Output(id=job.id, choice=choice, ids=ids, finish_reason="length" if last else None))
+            if last:
+                running.open.discard(choice)
+        if not running.open:
+            self._running.pop(job.id, None)
+
+    def _obey(self, command: int, job: GenerateJob, reports: list[Report]) -> bool:
+        """Carry out the command; return whether the job makes no token in this step."""
+        if command in (PLAIN, BURST):
+            return False
+        if command == WAIT:
+            return not gate(self._config.cache_dir, job.prompt[3]).exists()
+        if command == SILENT:
+            return True
+        self._emit(reports)
+        if command == EXIT:
+            os._exit(9)
+        if command == RAISE:
+            raise RuntimeError("raised as told")
+        if command == GARBAGE:
+            os.write(self._emit.__self__._fd, b"\x00\x00\x00\x02\xff\xff garbage")  # type: ignore[attr-defined]
+        while True:  # HANG, and after garbage
+            time.sleep(1)

@@ -1,0 +1,96 @@
+"""What each live job is and what it has produced so far: enough to go on where a dead worker stopped.
+
+Only the broker touches the journal.
+"""
+
+from typing import Protocol
+
+import msgspec
+
+from workers.messages import Cancel, EmbedJob, Event, GenerateJob, Job, Order, Output
+
+
+class Client(Protocol):
+    """Somebody who sends jobs: `post` keeps an event for the end of the turn, ``jobs`` are theirs that live."""
+
+    jobs: dict[str, "Entry"]
+
+    def post(self, event: Event) -> None: ...
+
+
+class Entry:
+    """One live job of one client.
+
+    ``emitted`` holds the tokens delivered of each choice, ``finished`` the choices that have ended, ``dropped`` those
+    of them that ended because the client has all it wants. ``load`` is the number of sequences the job still costs.
+    """
+
+    __slots__ = ("client", "dropped", "emitted", "finished", "job", "load", "replays", "skip", "started", "worker")
+
+    def __init__(self, job: Job, client: Client) -> None:
+        self.job = job
+        self.client = client
+        self.worker: int | None = None
+        self.replays = 0
+        self.started = False
+        self.finished: set[int] = set()
+        self.dropped: set[int] = set()
+        self.skip: list[int] | None = None
+        if isinstance(job, GenerateJob):
+            self.emitted = [list(ids) for ids in job.emitted] + [[] for _ in range(job.n - len(job.emitted))]
+            self.load = job.beams.num_beams if job.beams else job.n
+        else:
+            self.emitted = []
+            self.load = 1
+
+    def accept(self, output: Output) -> Output | None:
+        """Note the tokens of ``output``; return what of it is new to the client, or None.
+
+        A replay may repeat the end of a choice that had already ended; a beam search, whose tokens cannot be forced,
+        repeats everything.
+        """
+        choice = output.choice
+        if choice in self.finished or not 0 <= choice < len(self.emitted):
+            return None
+        if self.skip is not None and self.skip[choice]:
+            known = min(self.skip[choice], len(output.ids))
+            self.skip[choice] -= known
+            output = msgspec.structs.replace(output, ids=output.ids[known:])
+            if not output.ids and output.finish_reason is None:
+                return None
+        self.emitted[choice] += output.ids
+        if output.finish_reason is not None:
+            self._finish(choice)
+        return output
+
+    def drop(self, choice: int) -> bool:
+        """The client wants no more of ``choice``; return whether that is news."""
+        if choice in self.finished or not 0 <= choice < len(self.emitted):
+            return False
+        self.dropped.add(choice)
+        self._finish(choice)
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice of a `GenerateJob` has ended."""
+        return len(self.finished) == len(self.emitted)
+
+    def orders(self) -> list[Order]:
+        """Return what to send to a worker so that it goes on behind the last delivered token."""
+        job = self.job
+        if isinstance(job, EmbedJob):
+            return [job]
+        if job.beams is not None:
+            # Which tokens a beam search delivers is known at its end only: it starts again, and `accept` drops what
+            # the client has.
+            self.skip = [len(ids) for ids in self.emitted]
+            return [job, *(Cancel(id=job.id, choice=choice) for choice in sorted(self.dropped))]
+        if any(self.emitted):
+            job = msgspec.structs.replace(job, emitted=[list(ids) for ids in self.emitted])
+        return [job, *(Cancel(id=job.id, choice=choice) for choice in sorted(self.dropped))]
+
+    def _finish(self, choice: int) -> None:
+        self.finished.add(choice)
+        if isinstance(self.job, GenerateJob) and self.job.beams is None:
+            self.load -= 1

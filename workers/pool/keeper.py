@@ -1,0 +1,255 @@
+"""The arbiter's side of the pool: start it, notice its death, bring it back, stop it.
+
+Runs inside gunicorn's arbiter, which forks HTTP workers: so nothing but the standard library, no thread, nothing that
+waits. Liveness is a socket's end, never a pid: the arbiter collects every child's exit status by itself.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# What starts a pool; "--lifeline FD" is added. Safe path (-P): a folder named "workers" where the operator happens to
+# stand is not ours.
+POOL_COMMAND = [sys.executable, "-P", "-m", "workers"]
+
+# How a re-executed arbiter (USR2) gets to know the pool of its predecessor: "descriptor,pid".
+HANDOVER_VARIABLE = "_TAILRACE_LIFELINE"
+
+_HELD_SIGNALS = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+}
+
+
+class PoolGaveUp(Exception):
+    """The pool has ended for good; the text says why."""
+
+
+class Process(Protocol):
+    """What the keeper needs of a started pool."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+def start_process(command: Sequence[str], lifeline: int) -> Process:
+    """Start ``command`` with the descriptor ``lifeline`` and no other: above all without the listening socket.
+
+    Signals to the group are held back until the pool has said what it thinks of them.
+    """
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [*command, "--lifeline", str(lifeline)],
+            pass_fds=[lifeline],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+class PoolKeeper:
+    """Makes sure that a pool listens at ``socket_path``.
+
+    A pool that it did not start (a unit of its own) is left alone and only watched. With ``launch`` False it never
+    starts one.
+    """
+
+    backoff_first_s = 1.0
+    backoff_longest_s = 60.0
+    steady_s = 60.0
+
+    def __init__(
+        self,
+        socket_path: Path,
+        log: logging.Logger,
+        *,
+        launch: bool = True,
+        command: Sequence[str] | None = None,
+        start: Callable[[Sequence[str], int], Process] = start_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._socket_path = socket_path
+        self._log = log
+        self._launch = launch
+        self._command = list(POOL_COMMAND if command is None else command)
+        self._start = start
+        self._clock = clock
+        self._lifeline: socket.socket | None = None
+        self._process: Process | None = None
+        self._pid: int | None = None
+        self._foreign: socket.socket | None = None
+        self._heard = b""
+        self._started_at = 0.0
+        self._deaths = 0
+        self._next_start = 0.0
+        self._adopt()
+
+    @property
+    def pid(self) -> int | None:
+        """The pid of our own pool while it lives."""
+        return self._pid
+
+    def tend(self) -> None:
+        """Look after the pool; returns at once. Raises `PoolGaveUp` if it has ended for good."""
+        if self._lifeline is not None:
+            self._listen()
+            if self._lifeline is not None:
+                return
+        if self._foreign_listens() or not self._launch or self._clock() < self._next_start:
+            return
+        self._start_pool()
+
+    def stop(self, seconds: float) -> None:
+        """Let go of our own pool and wait for its end; kill it after ``seconds``."""
+        self._close_foreign()
+        if self._lifeline is None or self._pid is None:
+            return
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            self._lifeline.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            select.select([self._lifeline], [], [], left)
+            if self._ended():
+                break
+        else:
+            # Its end of the socket is still open, so the pid is still its own.
+            self._log.error("the pool did not stop within %.0f s: killing it", seconds)
+            os.kill(self._pid, signal.SIGKILL)
+            select.select([self._lifeline], [], [], 1.0)
+        self._lifeline.close()
+        self._collect(self._pid, deadline + 1.0)
+        self._lifeline, self._process, self._pid = None, None, None
+
+    def abandon(self) -> None:
+        """Forget the pool; for a forked HTTP worker, whose copy of the lifeline would keep the pool from its end."""
+        if self._lifeline is not None:
+            self._lifeline.close()
+        self._close_foreign()
+        self._lifeline, self._process, self._pid, self._launch = None, None, None, False
+
+    def hand_over(self, environ: dict[str, str]) -> None:
+        """Prepare the arbiter's successor (it is about to be executed in this very process) to take over the pool."""
+        if self._lifeline is not None:
+            self._lifeline.set_inheritable(True)
+            environ[HANDOVER_VARIABLE] = f"{self._lifeline.fileno()},{self._pid}"
+
+    # --- our own pool -------------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Take over the pool that a predecessor has handed over, if any."""
+        descriptor, _, pid = os.environ.pop(HANDOVER_VARIABLE, "").partition(",")
+        if descriptor and pid:
+            self._lifeline = socket.socket(fileno=int(descriptor))
+            self._lifeline.set_inheritable(False)
+            self._lifeline.setblocking(False)
+            self._pid = int(pid)
+            self._started_at = self._clock()
+            self._log.info("took over the pool (pid %d)", self._pid)
+
+    def _start_pool(self) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = self._start(self._command, theirs.fileno())
+        except OSError as error:
+            ours.close()
+            self._log.error("cannot start the pool: %s", error)
+            self._back_off()
+            return
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self._lifeline, self._pid, self._heard = ours, self._process.pid, b""
+        self._started_at = self._clock()
+        self._log.info("started the pool (pid %d)", self._pid)
+
+    def _listen(self) -> None:
+        """Read what the pool says, which is its end or its last line."""
+        if not self._ended():
+            return
+        assert self._lifeline is not None
+        self._lifeline.close()
+        self._lifeline, self._process, self._pid = None, None, None
+        for line in self._heard.decode(errors="replace").splitlines():
+            if line.startswith("FATAL "):
+                raise PoolGaveUp(line.removeprefix("FATAL "))
+        if self._clock() - self._started_at >= self.steady_s:
+            self._deaths = 0
+        self._back_off()
+
+    @staticmethod
+    def _collect(pid: int, deadline: float) -> None:
+        """Wait until the process is really gone; the arbiter, or nobody, may have collected it before us."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _ended(self) -> bool:
+        """Whether the pool's end of the lifeline is closed; keeps what came before."""
+        assert self._lifeline is not None
+        try:
+            while data := self._lifeline.recv(4096):
+                self._heard = (self._heard + data)[-4096:]
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def _back_off(self) -> None:
+        """The first death after a steady time is followed by a start at once, further ones by growing pauses."""
+        pause = 0.0
+        if self._deaths:
+            pause = min(self.backoff_longest_s, self.backoff_first_s * 2 ** min(self._deaths - 1, 30))
+        self._deaths += 1
+        self._next_start = self._clock() + pause
+        self._log.error("the pool is dead; next start in %.3g s", pause)
+
+    # --- somebody else's ----------------------------------------------------------------------------------------------
+
+    def _foreign_listens(self) -> bool:
+        """Whether a pool that we did not start listens: then there is a connection to it, held to see its end."""
+        if self._foreign is None:
+            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            probe.setblocking(False)
+            try:
+                probe.connect(str(self._socket_path))
+            except BlockingIOError:
+                probe.close()
+                return True  # its backlog is full, so it exists
+            except OSError:
+                probe.close()
+                return False
+            self._foreign = probe
+            self._log.info("a pool of its own listens at %s", self._socket_path)
+        try:
+            while self._foreign.recv(65536):
+                pass
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        self._log.error("the pool at %s is gone", self._socket_path)
+        self._close_foreign()
+        return False
+
+    def _close_foreign(self) -> None:
+        if self._foreign is not None:
+            self._foreign.close()
+            self._foreign = None

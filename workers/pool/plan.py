@@ -1,0 +1,53 @@
+"""From the operator's settings to what the pool runs: which model workers on which devices, and its bounds."""
+
+from config.settings import Settings
+from workers.config import WorkerConfig
+from workers.pool.server import PoolOptions
+from workers.pool.supervisor import Limits
+
+_GIB = 1024**3
+
+
+def worker_configs(settings: Settings) -> list[WorkerConfig]:
+    """Return one configuration for each GPU of the settings, or a single one for the CPU (``only_cpu``).
+
+    The settings have to be checked ones: `config.checks.preflight` sets ``only_cpu`` where there is no GPU.
+    """
+    if settings.only_cpu:
+        return [_config(settings, 0, None)]
+    return [_config(settings, index, gpu) for index, gpu in enumerate(settings.gpus)]
+
+
+def pool_options(settings: Settings) -> PoolOptions:
+    """Return the pool's bounds."""
+    return PoolOptions(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_replays=settings.max_replays,
+        drain_s=float(settings.graceful_timeout_s),
+        limits=Limits(watchdog_s=settings.watchdog_s),
+    )
+
+
+def _config(settings: Settings, index: int, gpu: int | None) -> WorkerConfig:
+    """Configure the worker on ``gpu``, or on the CPU (None)."""
+    return WorkerConfig(
+        index=index,
+        # Each worker sees its own GPU only, so to torch it is always the first one.
+        device="cpu" if gpu is None else "cuda:0",
+        visible_devices="" if gpu is None else str(gpu),
+        base_model=settings.base_model,
+        lora_model=settings.lora_model,
+        tokenizer_path=settings.tokenizer_path,
+        served_names=list(settings.served_model_name),
+        quantization=settings.quantization,
+        flash_attention=settings.use_flash_attention_2 and gpu is not None,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_batch=settings.max_batch,
+        prefill_chunk=settings.prefill_chunk,
+        kv_cache_bytes=int(settings.kv_cache_gib * _GIB),
+        cpu_threads=settings.cpu_threads,
+        runtime_dir=str(settings.runtime_dir),
+        cache_dir=str(settings.cache_dir),
+    )
