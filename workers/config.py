@@ -8,9 +8,9 @@ import msgspec
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Configuration of one model worker; the pool makes it from the settings, one for each GPU or one for the CPU.
 
-    ``visible_devices`` becomes ``CUDA_VISIBLE_DEVICES`` before torch is imported ("" hides every GPU). ``device`` is what
-    torch then sees: "cuda:0" or "cpu". ``kv_cache_bytes`` 0 means: choose. ``engine`` is "module:function", called as
-    ``function(config, inbox, emit)``; tests put a scripted engine there.
+    ``visible_devices`` becomes ``CUDA_VISIBLE_DEVICES`` before torch is imported ("" hides every GPU). ``device`` is
+    what torch then sees: "cuda:0" or "cpu". ``kv_cache_bytes`` 0 means: choose. ``engine`` is "module:function", called
+    as ``function(config, inbox, emit)``; tests put a scripted engine there.
     """
 
     index: int = 0

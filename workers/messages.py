@@ -51,13 +51,13 @@ class BeamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     early_stopping: bool | Literal["never"] = False
 
 
-class GenerateJob(Message):
+class GenerateJob(Message, frozen=True):
     """One prompt to continue.
 
-    ``id`` is unique for ever (the HTTP worker makes it). ``n`` choices are generated from the same prompt. A choice ends
-    at the first token of ``stop_token_ids`` once it has ``min_tokens`` tokens (reason "stop"), or at ``max_tokens``
-    ("length"). ``emitted`` holds, per choice, tokens that were already delivered by an earlier run of the same job: they
-    are forced, not sampled and not reported again, and generation goes on behind them.
+    ``id`` is unique for ever (the HTTP worker makes it). ``n`` choices are generated from the same prompt. A choice
+    ends at the first token of ``stop_token_ids`` once it has ``min_tokens`` tokens (reason "stop"), or at
+    ``max_tokens`` ("length"). ``emitted`` holds, per choice, tokens that were already delivered by an earlier run of
+    the same job: they are forced, not sampled and not reported again, and generation goes on behind them.
     """
 
     id: str
@@ -73,21 +73,21 @@ class GenerateJob(Message):
     salt: str = ""
 
 
-class EmbedJob(Message):
+class EmbedJob(Message, frozen=True):
     """One token sequence to embed: the mean of the last hidden states, L2-normalised."""
 
     id: str
     prompt: list[int]
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """The client left, or has all it wants: stop choice ``choice`` of the job, or all of it (None)."""
 
     id: str
     choice: int | None = None
 
 
-class StatusQuery(Message):
+class StatusQuery(Message, frozen=True):
     """Ask the pool for a `PoolStatus` now."""
 
 
@@ -99,18 +99,18 @@ ClientMessage = GenerateJob | EmbedJob | Cancel | StatusQuery
 # --- what a model worker answers --------------------------------------------------------------------------------------
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """The job left the queue and its prompt is being read; ``cached_tokens`` of it came from the prefix cache."""
 
     id: str
     cached_tokens: int = 0
 
 
-class Output(Message):
+class Output(Message, frozen=True):
     """New tokens of one choice, all that one step produced.
 
-    ``ids`` includes the stop token when one ended the choice; ``stop_token_id`` then names it (it is the last of ``ids``
-    and is no part of the text). ``finish_reason`` is set on a choice's last output; ``ids`` may then be empty.
+    ``ids`` includes the stop token when one ended the choice; ``stop_token_id`` then names it (it is the last of
+    ``ids`` and is no part of the text). ``finish_reason`` is set on a choice's last output; ``ids`` may then be empty.
     """
 
     id: str
@@ -120,14 +120,14 @@ class Output(Message):
     stop_token_id: int | None = None
 
 
-class Embedded(Message):
+class Embedded(Message, frozen=True):
     """The answer to an `EmbedJob`: ``vector`` is little-endian float32, ``hidden_size`` numbers."""
 
     id: str
     vector: bytes
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The job ended without an answer.
 
     ``kind``: "invalid" the job cannot be served as asked (message is for the client); "overloaded" the queue is full;
@@ -144,24 +144,24 @@ class Failed(Message):
 Event = Started | Output | Embedded | Failed
 
 
-class Loading(Message):
+class Loading(Message, frozen=True):
     """The model is being loaded: ``progress`` 0..1 and what is happening, for people."""
 
     progress: float
     stage: str
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """A token can be produced now; ``card_path`` is the `ModelCard` as JSON in the runtime directory."""
 
     card_path: str
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Sign of life from the generation loop itself (never from a side thread), a few times a second while it works.
 
-    ``steps`` counts forward passes since start; ``running`` and ``waiting`` count sequences; blocks are KV-cache blocks;
-    ``memory_bytes`` is resident memory on the CPU, allocated memory on a GPU.
+    ``steps`` counts forward passes since start; ``running`` and ``waiting`` count sequences; blocks are KV-cache
+    blocks; ``memory_bytes`` is resident memory on the CPU, allocated memory on a GPU.
     """
 
     steps: int
@@ -172,7 +172,7 @@ class Stats(Message):
     memory_bytes: int = 0
 
 
-class Fatal(Message):
+class Fatal(Message, frozen=True):
     """The model cannot be served as configured; starting again would not help. One clear line for the operator."""
 
     message: str
@@ -184,7 +184,7 @@ Report = Started | Output | Embedded | Failed | Loading | Ready | Stats | Fatal
 # --- what the pool tells an HTTP worker -------------------------------------------------------------------------------
 
 
-class Events(Message):
+class Events(Message, frozen=True):
     """Everything that became known in one turn of the pool's loop for this HTTP worker."""
 
     events: list[Event]
@@ -210,7 +210,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float = 0.0
 
 
-class PoolStatus(Message):
+class PoolStatus(Message, frozen=True):
     """State of the pool: sent when an HTTP worker connects, when a worker's state changes, and on `StatusQuery`."""
 
     ready: bool

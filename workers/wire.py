@@ -1,7 +1,7 @@
 """Frames on a byte stream: four bytes of length (big-endian), then one msgpack-encoded message.
 
-Used on the pool's Unix socket and on the pipe from a model worker. Pure bytes in, messages out: no I/O here, so the same
-code serves gevent sockets, selectors and tests.
+Used on the pool's Unix socket and on the pipe from a model worker. Pure bytes in, messages out: no I/O here, so the
+same code serves gevent sockets, selectors and tests.
 """
 
 import struct

@@ -160,9 +160,7 @@ class SdpaBackend:
         # One query token per sequence: the query heads that share a key head can stand in line as if they were several
         # query tokens, so no key is copied for them.
         grouped = query[group.rows].view(count, kv_heads, -1, query.shape[-1])
-        out = grouped_attention(
-            grouped, key, value, mask.expand(-1, -1, grouped.shape[2], -1), scaling, softcap
-        )
+        out = grouped_attention(grouped, key, value, mask.expand(-1, -1, grouped.shape[2], -1), scaling, softcap)
         return out.reshape(count, query.shape[1], -1)
 
     @staticmethod
@@ -285,7 +283,8 @@ class BlockAttention:
         if self.probe is not None:
             self.probe[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
             return self._plain(query, key, value, scaling, sliding_window, softcap), None
-        assert self.cache is not None and self.batch is not None, "forward pass without a batch"
+        assert self.cache is not None, "forward pass before the cache exists"
+        assert self.batch is not None, "forward pass without a batch"
         batch = self.batch
         for storage, new in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
             storage.flatten(0, 1).index_copy_(0, batch.slots, new[0].transpose(0, 1).to(storage.dtype))

@@ -1,7 +1,7 @@
 """Beam search of one job, step for step as ``transformers.generate(num_beams=..., do_sample=False)`` does it.
 
-Pure arithmetic over scores and token lists: the caller owns sequences and cache. The reference is transformers' vectorised
-``GenerationMixin._beam_search``; names follow it.
+Pure arithmetic over scores and token lists: the caller owns sequences and cache. The reference is transformers'
+vectorised ``GenerationMixin._beam_search``; names follow it.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,8 @@ class BeamSearch:
     def step(self, log_probs: torch.Tensor, outputs: list[list[int]]) -> list[Continuation]:
         """Advance by one token.
 
-        ``log_probs``: processed log-probabilities ``[live, vocab]`` (one row in the first step); ``outputs``: the output ids
-        of the live beams. Returns the next live beams, best first; sets ``done`` when the search is over.
+        ``log_probs``: processed log-probabilities ``[live, vocab]`` (one row in the first step); ``outputs``: the
+        output ids of the live beams. Returns the next live beams, best first; sets ``done`` when the search is over.
         """
         beams = self.params.num_beams
         vocab = log_probs.shape[1]

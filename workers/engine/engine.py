@@ -11,7 +11,7 @@ from workers.engine.beams import BeamSearch
 from workers.engine.runner import ModelRunner, Pass
 from workers.engine.scheduler import Scheduled, Scheduler
 from workers.engine.sequence import Sequence, State
-from workers.messages import Cancel, EmbedJob, Embedded, Failed, GenerateJob, Job, Order, Output, Report, Started, Stats
+from workers.messages import Cancel, Embedded, EmbedJob, Failed, GenerateJob, Job, Order, Output, Report, Started, Stats
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,9 @@ class Engine:
             request = self._requests.get(job_id)
             if request is not None:
                 beams = [batch[result.logit_items[r]].sequence for r in beam_rows]
-                reports += self._contained(request, lambda q=request, r=beam_rows, b=beams: self._search(q, result.logits[r], b))
+                reports += self._contained(
+                    request, lambda q=request, r=beam_rows, b=beams: self._search(q, result.logits[r], b)
+                )
         return reports
 
     def _forked(self, request: Request, sequence: Sequence) -> list[Sequence]:
@@ -276,7 +278,8 @@ class Engine:
     def _search(self, request: Request, logits: torch.Tensor, live: list[Sequence]) -> list[Report]:
         """Advance a beam search by one token: ``logits`` ``[live, vocab]`` of the live beams, best first."""
         job = request.job
-        assert isinstance(job, GenerateJob) and job.beams
+        assert isinstance(job, GenerateJob)
+        assert job.beams
         if not live[0].forked:
             request.beams = BeamSearch(job.beams, job.stop_token_ids, job.max_tokens)
         search = request.beams

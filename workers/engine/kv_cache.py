@@ -115,9 +115,7 @@ class KVCache:
         self, shapes: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = block_size
-        self.keys = [
-            torch.zeros(blocks, block_size, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes
-        ]
+        self.keys = [torch.zeros(blocks, block_size, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self.values = [
             torch.zeros(blocks, block_size, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes
         ]

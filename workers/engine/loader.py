@@ -35,7 +35,9 @@ class LoadError(Exception):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``model`` is a causal LM in eval mode on its device; ``tokenizer`` a transformers tokenizer with a fast backend."""
+    """``model`` is a causal LM in eval mode on its device; ``tokenizer`` a transformers tokenizer with a fast
+    backend.
+    """
 
     model: Any
     tokenizer: Any
@@ -47,12 +49,15 @@ class LoadedModel:
 def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     """Load what ``config`` names; ``progress`` (0..1, stage) is called from this thread as the work goes on."""
     transformers.utils.logging.set_verbosity_error()
+    # It warns about a cast in every product of every step.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"no usable CUDA device for --gpus {config.visible_devices}")
     dtype = choose_dtype(config.dtype, device)
     progress(0.05, "reading the tokenizer")
     base, options = _source(config, progress)
+    model: Any
     with _readable_errors(config.base_model), _weights_progress(progress):
         tokenizer = _load_tokenizer(config, base, options)
         progress(0.2, "loading weights")
@@ -77,7 +82,9 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights: "auto" is bfloat16 where the hardware multiplies it, float32 or float16 elsewhere."""
+    """Return the dtype of the weights: "auto" is bfloat16 where the hardware multiplies it, float32 or float16
+    elsewhere.
+    """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -102,8 +109,8 @@ def _source(config: WorkerConfig, progress: Progress) -> tuple[str, dict[str, An
 def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | None:
     """Return a safetensors directory with the exact weights of the GGUF file, made now or at an earlier start.
 
-    Reading a GGUF through transformers costs many seconds at each start, most of them in parsing its metadata. None when the
-    file is too large to keep unpacked, or the cache directory cannot be written.
+    Reading a GGUF through transformers costs many seconds at each start, most of them in parsing its metadata. None
+    when the file is too large to keep unpacked, or the cache directory cannot be written.
     """
     stat = path.stat()
     name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
@@ -116,7 +123,9 @@ def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | No
         progress(0.06, "unpacking the GGUF file (once)")
         with _readable_errors(str(path)):
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32
+            )
         if sum(p.numel() for p in model.parameters()) * 4 > UNPACKED_LIMIT:
             return None
         # The copy holds plain float32 weights: nothing about it is GGUF any more.
@@ -208,8 +217,9 @@ def _weights_progress(progress: Progress) -> Iterator[None]:
     class Bar(transformers.utils.logging.EmptyTqdm):  # type: ignore[misc]
         def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             super().__init__(*args, **kwargs)
-            self._items = args[0] if args else kwargs.get("iterable")
-            self._total = kwargs.get("total") or (len(self._items) if hasattr(self._items, "__len__") else 0)
+            self._items: Any = args[0] if args else kwargs.get("iterable")
+            sized: Any = self._items if hasattr(self._items, "__len__") else ()
+            self._total: int = kwargs.get("total") or len(sized)
             self._done = 0
 
         def __iter__(self) -> Iterator[Any]:

@@ -38,8 +38,8 @@ def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
 def gumbel_noise(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Return standard Gumbel noise for each (row, token).
 
-    ``keys`` int64 ``[rows, 1]`` from `draw_key`; ``token_ids`` int64, ``[rows, k]`` or ``[1, k]``. Returns float32 ``[rows, k]``.
-    ``argmax(logits + noise)`` is then a draw from ``softmax(logits)`` (Gumbel-max trick).
+    ``keys`` int64 ``[rows, 1]`` from `draw_key`; ``token_ids`` int64, ``[rows, k]`` or ``[1, k]``. Returns float32
+    ``[rows, k]``. ``argmax(logits + noise)`` is then a draw from ``softmax(logits)`` (Gumbel-max trick).
     """
     value = (token_ids + 1) * _signed(_GOLDEN) ^ keys
     value = (value ^ _shift(value, 30)) * _signed(_MIX_1)

@@ -22,7 +22,8 @@ class Pass:
     """What a forward pass yielded.
 
     ``logits`` float32 ``[len(logit_items), vocab]``, one row per batch item whose tokens are all computed now;
-    ``logit_items`` their indices in the batch. ``hidden`` ``[tokens, hidden_size]`` the last hidden states, and ``spans`` the rows of each item.
+    ``logit_items`` their indices in the batch. ``hidden`` ``[tokens, hidden_size]`` the last hidden states, and
+    ``spans`` the rows of each item.
     """
 
     logits: torch.Tensor
@@ -57,9 +58,7 @@ class ModelRunner:
         positions = np.concatenate([np.arange(i.sequence.computed, i.sequence.computed + i.tokens) for i in batch])
         ends = list(itertools.accumulate(i.tokens for i in batch))
         spans = [(end - item.tokens, end) for item, end in zip(batch, ends, strict=True)]
-        wanted = [
-            n for n, i in enumerate(batch) if i.tokens == i.sequence.pending and not i.sequence.is_embedding
-        ]
+        wanted = [n for n, i in enumerate(batch) if i.tokens == i.sequence.pending and not i.sequence.is_embedding]
         rows = torch.tensor([ends[n] - 1 for n in wanted], dtype=torch.int64, device=self.device)
 
         self.attention.batch = self._attention_batch(batch, positions, spans)

@@ -1,7 +1,8 @@
 """From logits to the next token, for all rows of a step at once, each row with its own parameters.
 
-Order and semantics as in ``transformers.generate``: logit_bias, repetition, presence and frequency penalties, min_tokens;
-then greedy, or temperature, top_k, top_p, min_p, typical_p and a draw. A step that no row asks for costs nothing.
+Order and semantics as in ``transformers.generate``: logit_bias, repetition, presence and frequency penalties,
+min_tokens; then greedy, or temperature, top_k, top_p, min_p, typical_p and a draw. A step that no row asks for costs
+nothing.
 """
 
 from collections.abc import Sequence as Rows
@@ -55,9 +56,7 @@ def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
         scores[rows, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
 
     counted = [
-        r
-        for r, p in enumerate(params)
-        if (p.presence_penalty or p.frequency_penalty) and sequences[r].output_length
+        r for r, p in enumerate(params) if (p.presence_penalty or p.frequency_penalty) and sequences[r].output_length
     ]
     for r in counted:
         output = sequences[r].ids[sequences[r].prompt_length : sequences[r].length]
@@ -88,7 +87,9 @@ def sample(scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
             index = torch.tensor(rows, device=scores.device)
             part = scores if len(rows) == len(params) else scores[index]
             part = part / _column([p.temperature for p in chosen], scores.device)
-            keys = _column([draw_key(params[r].seed, sequences[r].choice, sequences[r].output_length) for r in rows], scores.device)
+            keys = _column(
+                [draw_key(params[r].seed, sequences[r].choice, sequences[r].output_length) for r in rows], scores.device
+            )
             tokens[index] = draw(part, chosen, keys)
     out: list[int] = tokens.tolist()
     return out
@@ -134,7 +135,8 @@ def _draw_sorted(
 ) -> torch.Tensor:
     """Apply top_p, min_p and typical_p to candidates sorted by falling logit, then draw.
 
-    ``logits``, ``ids`` ``[rows, candidates]``; ``total`` ``[rows, 1]`` is the log of the normaliser of what is still allowed.
+    ``logits``, ``ids`` ``[rows, candidates]``; ``total`` ``[rows, 1]`` is the log of the normaliser of what is still
+    allowed.
     """
     device = logits.device
     if any(p.top_p < 1 for p in params):

@@ -1,8 +1,9 @@
 """Decides what the next forward pass carries.
 
-Continuous batching with chunked prefill: every running sequence's next token goes into every pass, and a bounded slice of
-the prompts that are still being read goes along (Orca, Yu et al. 2022; Sarathi, Agrawal et al. 2023). When blocks run out,
-the sequence that came last is preempted: its blocks are freed, its tokens kept, and it is computed again later.
+Continuous batching with chunked prefill: every running sequence's next token goes into every pass, and a bounded slice
+of the prompts that are still being read goes along (Orca, Yu et al. 2022; Sarathi, Agrawal et al. 2023). When blocks
+run out, the sequence that came last is preempted: its blocks are freed, its tokens kept, and it is computed again
+later.
 """
 
 from collections import deque
@@ -21,7 +22,9 @@ IDLE_FACTOR = 4
 
 @dataclass(frozen=True)
 class Scheduled:
-    """``tokens`` tokens of ``sequence`` go into the next pass; ``copies`` are block copies (source, target) before it."""
+    """``tokens`` tokens of ``sequence`` go into the next pass; ``copies`` are block copies (source, target) before
+    it.
+    """
 
     sequence: Sequence
     tokens: int
@@ -122,7 +125,9 @@ class Scheduler:
             reserve += sequence.blocks_needed(sequence.pending, self.pool.block_size) + 1
 
     def preempt(self, victim: Sequence) -> None:
-        """Take the victim's blocks; it waits at the head of the queue. Beams of one search go together, from the start."""
+        """Take the victim's blocks; it waits at the head of the queue. Beams of one search go together, from the
+        start.
+        """
         family = [victim]
         if isinstance(victim.job, GenerateJob) and victim.job.beams:
             family = [s for s in self.running if s.job is victim.job]

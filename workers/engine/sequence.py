@@ -18,9 +18,9 @@ class State(Enum):
 class Sequence:
     """Token ids of prompt and output, and how many of them the KV cache holds.
 
-    ``ids[:length]`` are the tokens so far, ``prompt_length`` of them given. Tokens ``ids[:computed]`` have their keys and
-    values in the blocks of ``blocks``. A decoding sequence has exactly one token that is not computed; anything more is
-    prefill, be it a new prompt or one that was preempted.
+    ``ids[:length]`` are the tokens so far, ``prompt_length`` of them given. Tokens ``ids[:computed]`` have their keys
+    and values in the blocks of ``blocks``. A decoding sequence has exactly one token that is not computed; anything
+    more is prefill, be it a new prompt or one that was preempted.
     """
 
     def __init__(self, job: Job, choice: int, ids: list[int], capacity: int) -> None:
