@@ -1,0 +1,150 @@
+"""The import rules of docs/architecture.md: text in app/, tokens in workers/, and heavy libraries where they belong."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from config.sources import ROOT
+
+OURS = ("app", "config", "workers")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """Yield name and file of each module of ``package``."""
+    for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def imports(path: Path, *, at_top_only: bool = False) -> set[str]:
+    """Return the dotted names of all that a file imports, also inside functions; no relative imports are used."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in _top_level(tree) if at_top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # "from workers import wire" imports workers.wire.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _top_level(tree: ast.Module) -> Iterator[ast.AST]:
+    for node in tree.body:
+        yield from [node] if not isinstance(node, ast.If | ast.Try) else ast.walk(node)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def breaches(package: str, allowed: tuple[str, ...], among: tuple[str, ...] = OURS) -> list[str]:
+    """Return the imports of ``package`` from ``among`` that are not within ``allowed``."""
+    return [
+        f"{module} imports {name}"
+        for module, path in modules(package)
+        for name in sorted(imports(path))
+        if within(name, *among) and not within(name, *allowed)
+    ]
+
+
+def test_app_knows_of_the_workers_only_what_crosses_the_border():
+    assert breaches("app", ("app", "config", "workers.messages", "workers.wire")) == []
+
+
+def test_text_does_not_know_the_api():
+    assert breaches("app.text", ("app.text", "app.pool_client", "config", "workers.messages", "workers.wire")) == []
+
+
+def test_workers_do_not_know_app():
+    assert breaches("workers", ("workers", "config")) == []
+
+
+def test_the_engine_knows_messages_and_its_configuration_only():
+    assert breaches("workers.engine", ("workers.engine", "workers.messages", "workers.config")) == []
+
+
+def test_config_knows_nobody():
+    assert breaches("config", ("config",)) == []
+
+
+@pytest.mark.parametrize("package", ["app", "config", "workers.pool", "workers.__main__", "workers.entry"])
+def test_no_heavy_library_outside_the_engine(package):
+    if package in ("workers.__main__", "workers.entry"):
+        names = imports(ROOT / f"{package.replace('.', '/')}.py", at_top_only=True)
+        assert not [name for name in names if within(name, *HEAVY)]
+    else:
+        assert breaches(package, (), HEAVY) == []
+
+
+@pytest.mark.parametrize("package", ["workers", "config"])
+def test_no_gevent_outside_the_http_workers(package):
+    # The refusal to run under gevent looks into sys.modules and imports nothing.
+    assert breaches(package, (), ("gevent", "flask", "gunicorn")) == [
+        line for line in breaches(package, (), ("gunicorn",)) if line.startswith("workers.pool.keeper ")
+    ]
+
+
+@pytest.mark.parametrize("start", ["import app; app.create_app", "import config.checks", "import workers.__main__"])
+def test_these_processes_load_no_torch(start):
+    script = f"import sys; {start}; print([name for name in {HEAVY} if name in sys.modules])"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (shown.returncode, shown.stdout.strip()) == (0, "[]"), shown.stderr
+
+
+def test_the_pool_loads_no_gevent():
+    script = "import sys, workers.__main__; print('gevent' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert shown.stdout.strip() == "False"
+
+
+def test_only_the_configuration_reads_our_environment_variables():
+    quoted = re.compile(r"""["']TAILRACE_""")
+    readers = [
+        module
+        for package in ("app", "workers")
+        for module, path in modules(package)
+        if quoted.search(path.read_text(encoding="utf-8"))
+    ]
+    assert readers == []
+
+
+def test_everything_imported_is_required_by_name():
+    """A package that is there only because another one brought it may be gone with the next version."""
+    declared = _required("requirements.txt") | _required("requirements-gpu.txt")
+    for package in OURS:
+        for module, path in modules(package):
+            for name in imports(path):
+                _assert_declared(name, declared, module)
+    declared |= _required("requirements-dev.txt")
+    for module, path in modules("tests"):
+        for name in imports(path):
+            _assert_declared(name, declared, module)
+
+
+def _required(file: str) -> set[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {_plain(line.partition("==")[0]) for line in lines if "==" in line}
+
+
+def _assert_declared(name: str, declared: set[str], module: str) -> None:
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names or top in (*OURS, "tests", "benchmarks", "gunicorn_conf", "flash_attn"):
+        return
+    distributions = {_plain(each) for each in packages_distributions().get(top, [])}
+    assert distributions & declared, f"{module} imports {name}, which no requirements file names"
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")
