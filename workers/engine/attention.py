@@ -275,7 +275,10 @@ class BlockAttention:
         s_aux: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """``query`` ``[1, heads, tokens, head_dim]``, ``key``/``value`` with kv_heads -> ``[1, tokens, heads, dim]``."""
+        """``query`` ``[1, heads, tokens, head_dim]``, ``key``/``value`` the same with kv_heads.
+
+        Returns ``[1, tokens, heads, value_dim]`` and no weights.
+        """
         if s_aux is not None:
             raise UnsupportedAttention("attention sinks")
         layer: int = module.layer_idx  # type: ignore[assignment]

@@ -51,6 +51,7 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     transformers.utils.logging.set_verbosity_error()
     # It warns about a cast in every product of every step.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    progress = _growing(progress)
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"no usable CUDA device for --gpus {config.visible_devices}")
@@ -58,7 +59,7 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     progress(0.05, "reading the tokenizer")
     base, options = _source(config, progress)
     model: Any
-    with _readable_errors(config.base_model), _weights_progress(progress):
+    with _readable_errors(config.base_model), _weights_progress(progress, 0.2, 0.8, "loading weights"):
         tokenizer = _load_tokenizer(config, base, options)
         progress(0.2, "loading weights")
         model = AutoModelForCausalLM.from_pretrained(
@@ -79,6 +80,18 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, model.generation_config, dtype, device)
+
+
+def _growing(progress: Progress) -> Progress:
+    """Return ``progress`` without steps back: several parts of the work count from their own zero."""
+    best = 0.0
+
+    def report(value: float, stage: str) -> None:
+        nonlocal best
+        best = max(best, value)
+        progress(best, stage)
+
+    return report
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -120,20 +133,20 @@ def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | No
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        progress(0.06, "unpacking the GGUF file (once)")
-        with _readable_errors(str(path)):
+        stage = "unpacking the GGUF file (once)"
+        progress(0.06, stage)
+        with _readable_errors(str(path)), _weights_progress(progress, 0.06, 0.19, stage):
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=torch.float32
             )
-        if sum(p.numel() for p in model.parameters()) * 4 > UNPACKED_LIMIT:
-            return None
-        # The copy holds plain float32 weights: nothing about it is GGUF any more.
-        model.config.quantization_config = None
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
+            if sum(p.numel() for p in model.parameters()) * 4 > UNPACKED_LIMIT:
+                return None
+            # The copy holds plain float32 weights: nothing about it is GGUF any more.
+            del model.config.quantization_config
+            model.hf_quantizer = None
+            tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
         partial.rename(target)
     except OSError as error:
         if (target / "config.json").exists():
@@ -211,8 +224,8 @@ def _readable_errors(source: str, flag: str = "--base_model") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _weights_progress(progress: Progress) -> Iterator[None]:
-    """Report transformers' own progress through the weights as 0.2..0.8 of the whole."""
+def _weights_progress(progress: Progress, start: float, end: float, stage: str) -> Iterator[None]:
+    """Report transformers' own progress through the weights as ``start``..``end`` of the whole, instead of its bars."""
 
     class Bar(transformers.utils.logging.EmptyTqdm):  # type: ignore[misc]
         def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,7 +243,7 @@ def _weights_progress(progress: Progress) -> Iterator[None]:
         def update(self, count: int = 1) -> None:
             self._done += count
             if self._total:
-                progress(0.2 + 0.6 * min(1.0, self._done / self._total), "loading weights")
+                progress(start + (end - start) * min(1.0, self._done / self._total), stage)
 
     previous = transformers.utils.logging.set_tqdm_hook(lambda _factory, args, kwargs: Bar(args, kwargs))
     try:

