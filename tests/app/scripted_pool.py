@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gevent
+
 from workers.messages import (
     Cancel,
     ClientMessage,
@@ -78,7 +80,6 @@ class ScriptedPool:
         self.cancels: list[Cancel] = []
         self.answers_queries = True
         self.status = self._status(card_path)
-        self._changed = threading.Condition()
         self._owners: dict[str, socket.socket] = {}
         self._connections: list[socket.socket] = []
         self._listener: socket.socket | None = None
@@ -101,20 +102,18 @@ class ScriptedPool:
             self._listener.close()
             self._listener = None
         self.path.unlink(missing_ok=True)
-        with self._changed:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-            self._connections.clear()
-            self._owners.clear()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+        self._owners.clear()
 
     def reset(self) -> None:
         """Forget the past, for the next test."""
-        with self._changed:
-            self.reply = silent
-            self.answers_queries = True
-            self.jobs.clear()
-            self.cancels.clear()
+        self.reply = silent
+        self.answers_queries = True
+        self.jobs.clear()
+        self.cancels.clear()
 
     def send(self, *events: Event) -> None:
         """Send events, in one frame, to whoever asked for the first one's job."""
@@ -136,9 +135,8 @@ class ScriptedPool:
         return self.jobs[count - 1]
 
     def wait(self, condition: Callable[[], Any], timeout: float = DEADLINE_S) -> None:
-        """Wait until ``condition`` holds; it is looked at whenever something comes."""
-        with self._changed:
-            assert self._changed.wait_for(condition, timeout), "it did not happen in time"
+        """Wait until ``condition`` holds; meanwhile the application in this process goes on."""
+        eventually(condition, timeout)
 
     def is_cancelled(self, job_id: str) -> bool:
         """Whether the whole job was cancelled."""
@@ -168,10 +166,9 @@ class ScriptedPool:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with self._changed:
-                self._connections.append(connection)
-                self._changed.notify_all()
-            connection.sendall(encode(self.status))
+            self._connections.append(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(encode(self.status))
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -187,26 +184,28 @@ class ScriptedPool:
                 connection.sendall(encode(self.status))
             return
         if isinstance(message, Cancel):
-            with self._changed:
-                self.cancels.append(message)
-                self._changed.notify_all()
+            self.cancels.append(message)
             return
         self._owners[message.id] = connection
         events = self.reply(message)
-        with self._changed:
-            self.jobs.append(message)
-            self._changed.notify_all()
+        self.jobs.append(message)
         if events is not None:
+            # A reply may wait for something that the client sends.
+            threading.Thread(target=self._answer, args=(events, connection), daemon=True).start()
+
+    @staticmethod
+    def _answer(events: Iterable[Event], connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
             for event in events:
                 connection.sendall(encode(Events(events=[event])))
 
 
 def eventually(condition: Callable[[], Any], timeout: float = DEADLINE_S) -> Any:
-    """Return the first true value of ``condition``, for things that nobody signals."""
+    """Return the first true value of ``condition``; meanwhile the greenlets of this process run."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
+        gevent.sleep(0.005)

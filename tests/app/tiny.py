@@ -1,4 +1,4 @@
-"""A tiny model card with a real tokenizer: byte-level BPE, as SmolLM2, Llama 3 and Qwen have, with SmolLM2's template."""
+"""A tiny model card with a real tokenizer: byte-level BPE, as SmolLM2 and Llama 3 have, with SmolLM2's template."""
 
 from functools import cache
 from pathlib import Path
