@@ -138,7 +138,7 @@ def register_error_handlers(app: Flask) -> None:
         if isinstance(error, ClientGone):
             return Response(status=CLIENT_CLOSED_REQUEST)
         answer = as_api_error(error)
-        if answer.status == 500 and not isinstance(error, ApiError | JobFailed | HTTPException):
+        if answer.status == 500 and not isinstance(error, ApiError | JobFailed | ReaderTooSlow | HTTPException):
             log.exception("unexpected error while answering a request", exc_info=error)
         response = answer.response()
         if isinstance(error, HTTPException):

@@ -16,7 +16,7 @@ from app.api.disconnect import ClientGuard
 from app.api.errors import as_api_error
 from app.api.service import Service
 from app.pool_client import Stream
-from app.text.errors import ClientGone
+from app.text.errors import ClientGone, JobFailed, ReaderTooSlow
 from app.text.generation import Generation
 
 log = logging.getLogger("tailrace.requests")
@@ -143,8 +143,9 @@ class EventStream:
         self._failed = True
         self._outcome = "failed"
         answer = as_api_error(error)
+        known = isinstance(error, JobFailed | ReaderTooSlow)
         if answer.status == 500:
-            errors.error("stream id=%s failed: %s", self._id, error, exc_info=error)
+            errors.error("stream id=%s failed: %s", self._id, error, exc_info=None if known else error)
         return b"data: " + answer.encoded() + b"\n\n"
 
 

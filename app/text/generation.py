@@ -188,9 +188,11 @@ class Generation:
                     raise DeadlineExceeded(self.started)
                 yield []
                 continue
-            pieces = self._take(events)
+            pieces, failure = self._take(events)
             if pieces:
                 yield pieces
+            if failure is not None:
+                raise JobFailed(failure)
             if self._deadline is not None and self._unfinished and self._clock() >= self._deadline:
                 raise DeadlineExceeded(self.started)
 
@@ -219,7 +221,7 @@ class Generation:
         left = max(0.0, self._deadline - self._clock())
         return left if tick_s is None else min(left, tick_s)
 
-    def _take(self, events: Sequence[Event]) -> list[Piece]:
+    def _take(self, events: Sequence[Event]) -> tuple[list[Piece], Failed | None]:
         pieces: list[Piece] = []
         for event in events:
             if isinstance(event, Output):
@@ -228,8 +230,8 @@ class Generation:
                 self.started = True
                 self._cached_tokens += event.cached_tokens
             elif isinstance(event, Failed):
-                raise JobFailed(event)
-        return pieces
+                return pieces, event
+        return pieces, None
 
     def _take_output(self, output: Output, pieces: list[Piece]) -> None:
         self.started = True
