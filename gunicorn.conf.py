@@ -6,6 +6,7 @@ wait: the arbiter forks the HTTP workers, and its loop looks after all of them.
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _log = logging.getLogger("tailrace.arbiter")
 
 # Seconds that the pool and its model workers get to leave, after the HTTP workers.
 _POOL_STOP_S = 10.0
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 # What a running model worker cannot be told: a change waits for a restart of the pool.
 _NEEDS_RESTART = (
@@ -73,7 +76,7 @@ wsgi_app = "app:create_app()"
 proc_name = "tailrace"
 bind = _chosen.bind
 workers = _chosen.http_workers
-worker_class = "app.http_worker.HttpWorker"
+worker_class = "config.http_worker.HttpWorker"
 # Idle connections count too, and the proxy keeps some.
 worker_connections = 2000
 # A heartbeat each second: only a blocked loop gets here, never a long stream. It costs every stream of its worker, so
@@ -131,10 +134,28 @@ def on_starting(server):  # type: ignore[no-untyped-def]
 
         return call
 
+    def held_back(spawn):  # type: ignore[no-untyped-def]
+        def call() -> int:
+            # A signal that reaches a worker between its fork and its own handlers would go into its copy of the
+            # arbiter's queue and be lost, and TERM would wait for the whole graceful timeout. `post_fork` lifts this.
+            old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+            try:
+                pid: int = spawn()
+                return pid
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+        return call
+
+    if Path(sys.argv[0]).name == "__main__.py":
+        # Started as "python -m gunicorn": executed again as a plain file (USR2), the folder of gunicorn's modules would
+        # come first in the path, and its "http" hide Python's own.
+        server.START_CTX["args"] = [sys.executable, "-m", "gunicorn", *sys.argv[1:]]
     # manage_workers runs on each turn, at least once a second; reap_workers also in the long wait of a reload.
     server.manage_workers = tended(server.manage_workers)
     server.reap_workers = tended(server.reap_workers)
     server.reload = checked(server.reload)
+    server.spawn_worker = held_back(server.spawn_worker)
     keeper.tend()
 
 
@@ -149,6 +170,9 @@ def on_reload(server):  # type: ignore[no-untyped-def]
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
     """In a new HTTP worker: let go of the lifeline, or the pool would not notice the arbiter's death."""
     server.tailrace_keeper.abandon()
+    for each in _STOP_SIGNALS:
+        signal.signal(each, signal.SIG_DFL)  # until gunicorn sets the worker's own
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def pre_exec(server):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from workers.messages import Order, Report
 from workers.pool.job_queue import JobQueue
 from workers.wire import Decoder, WireError
 
-_READ_BYTES = 1024 * 1024
+_READ_BYTES = 128 * 1024
 
 
 class Ended(Exception):

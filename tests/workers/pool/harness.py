@@ -183,9 +183,10 @@ class PoolProcess:
         return self.log_path.read_text()
 
     def connect(self, workers: int = 0) -> Connection:
-        """Return a connection, after waiting for so many ready workers."""
+        """Return a connection that has its first status, after waiting for so many ready workers."""
         wait_until(self._listens, "the pool's socket")
         connection = Connection(self.path)
+        connection.wait(lambda: connection.status)
         if workers:
             connection.wait_ready(workers)
         return connection

@@ -63,18 +63,29 @@ def run(config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Ca
     """The engine contract of `workers.entry`."""
     emit([Loading(progress=0.0, stage="reading"), Loading(progress=0.5, stage="reading")])
     if config.base_model == "scripted:fatal":
-        emit([Fatal(message="this model\ncannot be served")])
-        return
+        return fatal(config, inbox, emit)
     if config.base_model == "scripted:crash":
         os._exit(9)
     if config.base_model == "scripted:wait":
         while not gate(config.cache_dir, 0).exists():
             time.sleep(0.005)
     if config.base_model == "scripted:child" and os.fork() == 0:
-        time.sleep(60)
+        time.sleep(5)
         os._exit(0)
     emit([Ready(card_path=f"{config.runtime_dir}/card.json")])
     _Loop(config, inbox, emit).run()
+
+
+def fatal(config: WorkerConfig, inbox: object, emit: Callable[[list[Report]], None]) -> None:
+    """An engine that cannot serve its model."""
+    emit([Fatal(message="this model\ncannot be served")])
+
+
+def never_ready(config: WorkerConfig, inbox: object, emit: Callable[[list[Report]], None]) -> None:
+    """An engine that loads for ever."""
+    emit([Loading(progress=0.1, stage="reading")])
+    while True:
+        time.sleep(1)
 
 
 class _Loop:
