@@ -56,11 +56,19 @@ _NEEDS_RESTART = (
 
 def _read_settings() -> Settings:
     """Return the settings, checked. Raises `ConfigError`."""
-    checked = preflight(load())
-    make_private(checked.settings.runtime_dir)
+    settings = load()
+    make_private(settings.runtime_dir)
+    if not _launches_pool(settings):
+        return settings  # model and GPU are the business of the pool's own unit; here they need not even be visible
+    checked = preflight(settings)
     for notice in checked.notices:
         print(f"tailrace: {notice}", file=sys.stderr)
     return checked.settings
+
+
+def _launches_pool(settings: Settings) -> bool:
+    """Whether the arbiter starts a pool if none listens."""
+    return bool(getattr(settings, "launch_pool", True))
 
 
 try:
@@ -105,8 +113,7 @@ def on_starting(server):  # type: ignore[no-untyped-def]
     """Start the pool and make looking after it part of the arbiter's loop."""
     # The pool stays where it is through every reload, also when a new port would mean a new default.
     os.environ["TAILRACE_RUNTIME_DIR"] = str(_chosen.runtime_dir)
-    launch = getattr(_chosen, "launch_pool", True)
-    keeper = PoolKeeper(_chosen.pool_socket, logging.getLogger("tailrace.arbiter"), launch=launch)
+    keeper = PoolKeeper(_chosen.pool_socket, logging.getLogger("tailrace.arbiter"), launch=_launches_pool(_chosen))
     server.tailrace_keeper = keeper
     server.tailrace_settings = _chosen
 

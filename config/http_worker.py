@@ -1,7 +1,7 @@
 """gunicorn's gevent worker with an orderly end.
 
-Not part of the application: the arbiter imports this module, and must not import the application, which each HTTP worker
-loads anew after a reload.
+Not part of the application: the arbiter imports this module, and must not import the application, which each HTTP
+worker loads anew after a reload.
 
 The stock worker, told to stop, waits for idle kept-alive connections as for busy ones, up to the whole graceful
 timeout; and it ends its last requests in the very second in which the arbiter kills it, so that no ``finally`` of

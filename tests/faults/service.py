@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from tests.workers.pool.harness import PATIENCE, ROOT, Connection, alive, descendants, wait_dead, wait_until
 from workers.messages import PoolStatus

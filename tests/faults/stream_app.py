@@ -51,9 +51,9 @@ class Application:
         _client.start()
         headers = [("Content-Type", "text/plain")]
         if environ["PATH_INFO"] == "/pid":
-            body = str(os.getpid()).encode()
-            start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])
-            return [body]
+            pid = str(os.getpid()).encode()
+            start_response("200 OK", [*headers, ("Content-Length", str(len(pid)))])
+            return [pid]
         query = parse_qs(environ["QUERY_STRING"])
         prompt = [int(each) for each in query["prompt"][0].split(",")]
         job = GenerateJob(id=uuid.uuid4().hex, prompt=prompt, max_tokens=int(query["max_tokens"][0]))

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.workers.pool.harness import alive, job, wait_dead

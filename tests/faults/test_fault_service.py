@@ -1,4 +1,4 @@
-"""The whole service under signals and deaths: arbiter, HTTP workers, pool and model worker, as an operator runs them."""
+"""The whole service under signals and deaths: arbiter, HTTP workers, pool and model worker, run as in operation."""
 
 import http.client
 import os

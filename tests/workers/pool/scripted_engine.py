@@ -1,7 +1,7 @@
 """An engine without a model: tokens are a pure function of the job, and the prompt says how to misbehave.
 
-A prompt is ``[command, at, once, ...]``: the command is carried out before the token at position ``at``; with ``once`` 1
-only in a first run, not in a replay. ``base_model`` may ask for misbehaviour while loading (`LOADING`).
+A prompt is ``[command, at, once, ...]``: the command is carried out before the token at position ``at``; with ``once``
+1 only in a first run, not in a replay. ``base_model`` may ask for misbehaviour while loading (`LOADING`).
 """
 
 import os
@@ -63,7 +63,8 @@ def run(config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Ca
     """The engine contract of `workers.entry`."""
     emit([Loading(progress=0.0, stage="reading"), Loading(progress=0.5, stage="reading")])
     if config.base_model == "scripted:fatal":
-        return fatal(config, inbox, emit)
+        fatal(config, inbox, emit)
+        return
     if config.base_model == "scripted:crash":
         os._exit(9)
     if config.base_model == "scripted:wait":

@@ -2,7 +2,7 @@
 
 import os
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.workers.pool.harness import alive, job, wait_until
