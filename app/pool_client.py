@@ -18,6 +18,7 @@ from gevent import socket
 from gevent.event import Event as Signal
 
 from app.text.errors import JobFailed, PoolUnavailable, ReaderTooSlow
+from app.text.offload import give_way
 from workers.messages import (
     Cancel,
     ClientMessage,
@@ -153,6 +154,8 @@ class PoolClient:
         self._outbox_bytes = 0
         self._outbox_signal = Signal()
         self._connected = False
+        # Whether the last attempt to reach the pool failed: then nobody waits for it.
+        self._unreachable = False
         self._status: PoolStatus | None = None
         self._status_signal = Signal()
         self._runner: Any = None
@@ -183,8 +186,8 @@ class PoolClient:
         return Stream(self, self._max_pending)
 
     def wait_status(self, timeout: float) -> PoolStatus | None:
-        """Return the pool's last word; without a pool wait for one up to ``timeout`` seconds."""
-        if self._status is None:
+        """Return the pool's last word; while it is being dialled, wait for its first up to ``timeout`` seconds."""
+        if self._status is None and not self._unreachable:
             self._status_signal.clear()
             self._status_signal.wait(timeout)
         return self._status
@@ -228,11 +231,13 @@ class PoolClient:
         while True:
             connection = self._dial()
             if connection is None:
+                self._unreachable = True
+                self._status_signal.set()
                 gevent.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
                 continue
             pause = FIRST_PAUSE_S
-            self._connected = True
+            self._connected, self._unreachable = True, False
             writer = gevent.spawn(self._write, connection)
             try:
                 self._read(connection)
@@ -271,7 +276,7 @@ class PoolClient:
                 else:
                     self._take_status(message)
                 if frames % FRAMES_PER_TURN == 0:
-                    gevent.sleep(0)
+                    give_way()
 
     def _write(self, connection: Any) -> None:
         try:

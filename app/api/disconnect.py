@@ -7,7 +7,7 @@ the first byte of a pipelined request, which is the next request's business (and
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -85,6 +85,27 @@ class ClientGuard:
     def _leave(self) -> None:
         self.gone = True
         self._on_gone()
+
+
+class WatchedBody:
+    """A long answer in parts: the client may take as long as it likes for all, but not for one of them."""
+
+    def __init__(self, parts: Iterator[bytes], guard: ClientGuard) -> None:
+        self._parts = parts
+        self._guard = guard
+
+    def __iter__(self) -> "WatchedBody":
+        return self
+
+    def __next__(self) -> bytes:
+        self._guard.waiting()
+        part = next(self._parts)
+        self._guard.writing()
+        return part
+
+    def close(self) -> None:
+        """Called by gunicorn at the end, whatever happened."""
+        self._guard.close()
 
 
 def _set_user_timeout(connection: Any, seconds: float) -> None:

@@ -1,20 +1,25 @@
 """POST /v1/embeddings"""
 
 from collections.abc import Iterator
+from typing import Any
 
-import gevent
 import orjson
 from flask import Blueprint, Response, g
 
+from app.api.disconnect import WatchedBody
 from app.api.errors import invalid
 from app.api.schemas import EmbeddingRequest
 from app.api.service import guarded_stream, new_id, parse, resolve_model, time_limit
 from app.text.card import Model
 from app.text.embedding import embed, shorten, to_base64
 from app.text.errors import ContextLengthExceeded
+from app.text.offload import give_way
 from app.text.prompts import completion_prompt
 
 blueprint = Blueprint("embeddings", __name__)
+
+# After so many inputs or rows other requests get their turn.
+ROWS_AT_ONCE = 8
 
 
 @blueprint.post("/v1/embeddings")
@@ -25,18 +30,27 @@ def create_embeddings() -> Response:
     if body.dimensions is not None and body.dimensions > model.card.hidden_size:
         raise invalid(f"This model's embeddings have {model.card.hidden_size} dimensions.", "dimensions")
     stream = guarded_stream()
-    single = len(body.input) == 1
-    prompts = [
-        embedding_prompt(model, text, "input" if single else f"input[{place}]") for place, text in enumerate(body.input)
-    ]
+    prompts = embedding_prompts(model, body.input)
     vectors = embed(stream, new_id("embd-"), prompts, time_limit(body.timeout))
     tokens = sum(map(len, prompts))
     tail = {"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     if g.warnings:
         tail["warnings"] = g.warnings
-    rows = encoded_rows(vectors, body.dimensions, body.encoding_format == "base64")
-    answer = b'{"object":"list","data":[' + b",".join(rows) + b"]," + orjson.dumps(tail)[1:]
-    return Response(answer, mimetype="application/json")
+    parts = answer_parts(vectors, body.dimensions, body.encoding_format == "base64", tail)
+    if len(vectors) <= ROWS_AT_ONCE:
+        return Response(b"".join(parts), mimetype="application/json")
+    # Thousands of long vectors are hundreds of megabytes: they go out as they are encoded.
+    return Response(WatchedBody(parts, g.pop("guard")), mimetype="application/json", direct_passthrough=True)
+
+
+def embedding_prompts(model: Model, inputs: list[str | list[int]]) -> list[list[int]]:
+    """Return the tokens of each input. Raises `RequestError` that names the first bad one."""
+    prompts = []
+    for place, text in enumerate(inputs):
+        prompts.append(embedding_prompt(model, text, "input" if len(inputs) == 1 else f"input[{place}]"))
+        if place % ROWS_AT_ONCE == ROWS_AT_ONCE - 1:
+            give_way()
+    return prompts
 
 
 def embedding_prompt(model: Model, text: str | list[int], param: str) -> list[int]:
@@ -51,11 +65,18 @@ def embedding_prompt(model: Model, text: str | list[int], param: str) -> list[in
     return prompt
 
 
-def encoded_rows(vectors: list[bytes], dimensions: int | None, as_base64: bool) -> Iterator[bytes]:
-    """Yield each vector as the JSON of its row; other requests get their turn between rows, there may be thousands."""
-    for index, vector in enumerate(vectors):
-        numbers = shorten(vector, dimensions)
-        value = to_base64(numbers) if as_base64 else numbers.tolist()
-        yield orjson.dumps({"object": "embedding", "index": index, "embedding": value})
-        if index % 16 == 15:
-            gevent.sleep(0)
+def answer_parts(
+    vectors: list[bytes], dimensions: int | None, as_base64: bool, tail: dict[str, Any]
+) -> Iterator[bytes]:
+    """Yield the JSON of the answer, a few rows at a time; other requests get their turn in between."""
+    opening = b'{"object":"list","data":['
+    for first in range(0, len(vectors), ROWS_AT_ONCE):
+        rows = []
+        for index, vector in enumerate(vectors[first : first + ROWS_AT_ONCE], first):
+            numbers = shorten(vector, dimensions)
+            value = to_base64(numbers) if as_base64 else numbers.tolist()
+            rows.append(orjson.dumps({"object": "embedding", "index": index, "embedding": value}))
+        yield opening + b",".join(rows)
+        opening = b","
+        give_way()
+    yield b"]," + orjson.dumps(tail)[1:]

@@ -11,8 +11,18 @@ import gevent
 
 T = TypeVar("T")
 
+_A_MOMENT_S = 0.0001
+
 # Below this size (characters or bytes) the hop to another thread costs more than the work.
 INLINE_SIZE = 4096
+
+
+def give_way() -> None:
+    """Let every other greenlet run that can, those that wait for sockets and clocks included.
+
+    ``sleep(0)`` is not enough: the loop may call its sleepers fifty times before it looks at a socket or a clock.
+    """
+    gevent.sleep(_A_MOMENT_S)
 
 
 def off_hub(function: Callable[..., T], *args: Any) -> T:
