@@ -29,7 +29,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict app config workers/messages.py
-	$(BIN)/mypy workers gunicorn.conf.py tests benchmarks
+	$(BIN)/mypy workers gunicorn.conf.py tests
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .
