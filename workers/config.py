@@ -9,8 +9,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Configuration of one model worker; the pool makes it from the settings, one for each GPU or one for the CPU.
 
     ``visible_devices`` becomes ``CUDA_VISIBLE_DEVICES`` before torch is imported ("" hides every GPU). ``device`` is
-    what torch then sees: "cuda:0" or "cpu". ``kv_cache_bytes`` 0 means: choose. ``engine`` is "module:function", called
-    as ``function(config, inbox, emit)``; tests put a scripted engine there.
+    what torch then sees: "cuda:0" or "cpu". ``lora_model`` is merged into the weights; ``adapters`` (name -> directory)
+    are chosen per request. ``kv_cache_bytes`` 0 means: choose. ``engine`` is "module:function", called as
+    ``function(config, inbox, emit)``; tests put a scripted engine there.
     """
 
     index: int = 0
@@ -18,6 +19,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     visible_devices: str = ""
     base_model: str
     lora_model: str | None = None
+    adapters: dict[str, str] = {}
     tokenizer_path: str | None = None
     served_names: list[str] = []
     quantization: Literal["8bit", "4bit"] | None = None

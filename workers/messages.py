@@ -51,6 +51,13 @@ class BeamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     early_stopping: bool | Literal["never"] = False
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a text must match; ``source`` is the JSON schema (as JSON), the regex, or the Lark grammar."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
 class GenerateJob(Message, frozen=True):
     """One prompt to continue.
 
@@ -69,6 +76,9 @@ class GenerateJob(Message, frozen=True):
     sampling: SamplingParams = SamplingParams()
     beams: BeamParams | None = None
     emitted: list[list[int]] = []
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
     adapter: str = ""
     salt: str = ""
 
@@ -106,11 +116,28 @@ class Started(Message, frozen=True):
     cached_tokens: int = 0
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, and the most likely alternatives (token id, log-probability), best first."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class PromptLogprobs(Message, frozen=True):
+    """The answer to ``prompt_logprobs``: one entry for each prompt token but the first, before the job's first
+    output.
+    """
+
+    id: str
+    logprobs: list[TokenLogprobs]
+
+
 class Output(Message, frozen=True):
     """New tokens of one choice, all that one step produced.
 
     ``ids`` includes the stop token when one ended the choice; ``stop_token_id`` then names it (it is the last of
     ``ids`` and is no part of the text). ``finish_reason`` is set on a choice's last output; ``ids`` may then be empty.
+    ``logprobs``, when asked for, has one entry for each of ``ids``.
     """
 
     id: str
@@ -118,6 +145,7 @@ class Output(Message, frozen=True):
     ids: list[int] = []
     finish_reason: Literal["stop", "length"] | None = None
     stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] = []
 
 
 class Embedded(Message, frozen=True):
@@ -141,7 +169,7 @@ class Failed(Message, frozen=True):
     retry_after: float | None = None
 
 
-Event = Started | Output | Embedded | Failed
+Event = Started | PromptLogprobs | Output | Embedded | Failed
 
 
 class Loading(Message, frozen=True):
@@ -178,7 +206,7 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-Report = Started | Output | Embedded | Failed | Loading | Ready | Stats | Fatal
+Report = Started | PromptLogprobs | Output | Embedded | Failed | Loading | Ready | Stats | Fatal
 
 
 # --- what the pool tells an HTTP worker -------------------------------------------------------------------------------

@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from workers.engine.errors import UnsupportedAttention
 from workers.engine.kv_cache import KVCache, LayerShape
-
-
-class UnsupportedAttention(Exception):
-    """The model asks for something of its attention that this engine does not compute."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Pure arithmetic over scores and token lists: the caller owns sequences and cache
 vectorised ``GenerationMixin._beam_search``; names follow it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,11 +16,14 @@ from workers.messages import BeamParams
 NEVER = -1.0e9
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A finished beam: output ids (its stop token included) and its length-penalised score."""
+T = TypeVar("T")
 
-    ids: list[int]
+
+@dataclass(frozen=True)
+class Hypothesis(Generic[T]):
+    """A finished beam: its output tokens (the stop token included) and its length-penalised score."""
+
+    output: list[T]
     score: float
 
 
@@ -30,20 +35,28 @@ class Continuation:
     token: int
 
 
-class BeamSearch:
-    """State of the search: scores of the live beams, and the best finished ones."""
+class BeamSearch(Generic[T]):
+    """State of the search: scores of the live beams, and the best finished ones.
 
-    def __init__(self, params: BeamParams, stop_token_ids: list[int], max_tokens: int) -> None:
+    What an output token is (an id, an id with its scores) is the caller's business.
+    """
+
+    def __init__(self, params: BeamParams, stop_token_ids: list[int], max_tokens: int, *, prune: bool = False) -> None:
+        """``prune``: drop live beams that are no candidates. The reference carries them along, which is harmless unless
+        a grammar has forbidden their tokens."""
         self.params = params
+        self._prune = prune
         self.max_tokens = max_tokens
         self.length = 0
         self.scores = torch.zeros(1)
-        self.finished: list[Hypothesis] = []
+        self.finished: list[Hypothesis[T]] = []
         self.done = False
         self._improvable = True
         self._stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64)
 
-    def step(self, log_probs: torch.Tensor, outputs: list[list[int]]) -> list[Continuation]:
+    def step(
+        self, log_probs: torch.Tensor, outputs: Sequence[list[T]], extend: Callable[[Continuation], T]
+    ) -> list[Continuation]:
         """Advance by one token.
 
         ``log_probs``: processed log-probabilities ``[live, vocab]`` (one row in the first step); ``outputs``: the
@@ -58,16 +71,19 @@ class BeamSearch:
         self.length += 1
         hits = torch.isin(tokens, self._stop) | (self.length >= self.max_tokens)
 
-        self._finish(top_scores, parents, tokens, hits, outputs)
+        self._finish(top_scores, parents, tokens, hits, outputs, extend)
         running = top_scores + hits.float() * NEVER
         self.scores, chosen = torch.topk(running, min(beams, keep))
+        if self._prune:
+            candidates = self.scores > NEVER / 2
+            self.scores, chosen = self.scores[candidates], chosen[candidates]
         self._improvable = self._improvable and self._can_improve()
         full = len(self.finished) == beams
         stop_early = self.params.early_stopping is True and full
-        self.done = not self._improvable or stop_early or bool(hits.all())
+        self.done = not self._improvable or stop_early or bool(hits.all()) or not len(chosen)
         return [Continuation(int(parents[i]), int(tokens[i])) for i in chosen.tolist()]
 
-    def best(self, count: int) -> list[Hypothesis]:
+    def best(self, count: int) -> list[Hypothesis[T]]:
         """Return the ``count`` best finished beams, best first."""
         return self.finished[:count]
 
@@ -77,7 +93,8 @@ class BeamSearch:
         parents: torch.Tensor,
         tokens: torch.Tensor,
         hits: torch.Tensor,
-        outputs: list[list[int]],
+        outputs: Sequence[list[T]],
+        extend: Callable[[Continuation], T],
     ) -> None:
         """Merge the candidates that just ended into the finished beams. Only the first ``num_beams`` may."""
         beams = self.params.num_beams
@@ -85,9 +102,11 @@ class BeamSearch:
             return
         scores = scores / self.length**self.params.length_penalty
         ended = [
-            Hypothesis([*outputs[int(parents[i])], int(tokens[i])], float(scores[i]))
+            Hypothesis(
+                [*outputs[int(parents[i])], extend(Continuation(int(parents[i]), int(tokens[i])))], float(scores[i])
+            )
             for i in range(min(beams, len(scores)))
-            if hits[i]
+            if hits[i] and scores[i] > -torch.inf
         ]
         # Stable: an older hypothesis wins a tie, as it stands first in the reference's merged list.
         self.finished = sorted(self.finished + ended, key=lambda h: -h.score)[:beams]
@@ -96,6 +115,8 @@ class BeamSearch:
         """Tell whether the best live beam could still beat the worst finished one."""
         if len(self.finished) < self.params.num_beams:
             return True
+        if not len(self.scores):
+            return False
         penalty = self.params.length_penalty
         length = self.max_tokens if self.params.early_stopping == "never" and penalty > 0.0 else self.length
         return float(self.scores[0]) / length**penalty > self.finished[-1].score

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from workers.config import WorkerConfig
-from workers.engine.attention import BlockAttention, FlashBackend, SdpaBackend, UnsupportedAttention
+from workers.engine.attention import BlockAttention, FlashBackend, SdpaBackend
 from workers.engine.engine import Engine
+from workers.engine.errors import LoadError, UnsupportedAttention
 from workers.engine.kv_cache import BlockPool, KVCache, LayerShape
-from workers.engine.loader import LoadedModel, LoadError
+from workers.engine.loader import LoadedModel
 from workers.engine.runner import ModelRunner
 from workers.engine.scheduler import Scheduled, Scheduler
 from workers.engine.sequence import Sequence
@@ -39,12 +40,12 @@ def build(loaded: LoadedModel, config: WorkerConfig) -> Engine:
     max_model_len = _context_length(loaded.model, config)
     blocks = _block_count(shapes, block_size, loaded, config, max_model_len)
     cache = KVCache(shapes, blocks, block_size, loaded.dtype, loaded.device)
-    runner = ModelRunner(loaded.model, attention, cache)
+    runner = ModelRunner(loaded.model, attention, cache, loaded.adapters)
     pool = BlockPool(blocks, block_size)
     _check(runner, pool, ids, reference, QUANTISED_TOLERANCE if config.quantization else TOLERANCE[loaded.dtype])
     scheduler = Scheduler(pool, config.max_batch, config.prefill_chunk)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-    return Engine(runner, scheduler, min(max_model_len, blocks * block_size), vocabulary)
+    return Engine(runner, scheduler, min(max_model_len, blocks * block_size), vocabulary, frozenset(config.adapters))
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ def publish(loaded: LoadedModel, config: WorkerConfig, max_model_len: int) -> Pa
         "created": 0,
         "dtype": config.quantization or str(loaded.dtype).removeprefix("torch."),
         "device": config.device,
-        "adapters": [],
+        "adapters": list(config.adapters),
         "sampling_defaults": {
             k: v for k in _GENERATION_FIELDS if (v := getattr(loaded.generation, k, None)) is not None
         },

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
-class OutOfBlocks(Exception):
-    """No free block is left; somebody must be preempted."""
+from workers.engine.errors import OutOfBlocks
 
 
 class BlockPool:

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from workers.config import WorkerConfig
+from workers.engine.errors import LoadError
+from workers.engine.lora import ActiveAdapters, install
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +30,6 @@ Progress = Callable[[float, str], None]
 # A GGUF file is unpacked to float32 once and kept, when that takes no more disk than this (bytes).
 UNPACKED_LIMIT = 4 * 1024**3
 SEED_OF_NEW_ROWS = 0
-
-
-class LoadError(Exception):
-    """The model cannot be loaded as configured; the message is one line for the operator."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class LoadedModel:
     generation: GenerationConfig
     dtype: torch.dtype
     device: torch.device
+    adapters: ActiveAdapters | None = None
 
 
 def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
@@ -75,11 +75,16 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     if config.lora_model:
         progress(0.85, "applying the LoRA adapter")
         model = _apply_lora(model, config, dtype)
+    adapters = None
+    if config.adapters:
+        progress(0.87, "loading LoRA adapters")
+        with _readable_errors(", ".join(f"{n}={d}" for n, d in config.adapters.items()), flag="--lora_model"):
+            model, adapters = install(model, config.adapters, dtype)
     if not config.quantization:
         model = model.to(device)
     model.eval()
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, model.generation_config, dtype, device)
+    return LoadedModel(model, tokenizer, model.generation_config, dtype, device, adapters)
 
 
 def _growing(progress: Progress) -> Progress:
@@ -200,8 +205,6 @@ def _fit_vocabulary(model: Any, tokenizer: Any) -> None:
 
 def _apply_lora(model: Any, config: WorkerConfig, dtype: torch.dtype) -> Any:
     """Merge the adapter into the weights; beside quantised weights it stays apart, which is exact."""
-    from peft import PeftModel
-
     assert config.lora_model
     with _readable_errors(config.lora_model, flag="--lora_model"):
         adapted = PeftModel.from_pretrained(model, config.lora_model, torch_dtype=dtype)

@@ -10,7 +10,9 @@ import torch
 
 from workers.engine.attention import AttentionBatch, BlockAttention, DecodeGroup, PrefillChunk
 from workers.engine.kv_cache import KVCache
+from workers.engine.lora import ActiveAdapters
 from workers.engine.scheduler import Scheduled
+from workers.messages import GenerateJob
 
 # Sequences whose block counts differ by less than this factor share one padded gather.
 GROUP_RATIO = 1.4
@@ -21,13 +23,14 @@ SMALLEST_GROUP = 4
 class Pass:
     """What a forward pass yielded.
 
-    ``logits`` float32 ``[len(logit_items), vocab]``, one row per batch item whose tokens are all computed now;
-    ``logit_items`` their indices in the batch. ``hidden`` ``[tokens, hidden_size]`` the last hidden states, and
-    ``spans`` the rows of each item.
+    ``logits`` float32 ``[wanted rows, vocab]``. ``next_rows``: (batch item, row) for each item whose tokens are all
+    computed now, so that its next token can be chosen. ``prompt_rows``: (batch item, rows) for items that want scores
+    of their prompt. ``hidden`` ``[tokens, hidden_size]`` the last hidden states, ``spans`` each item's rows of it.
     """
 
     logits: torch.Tensor
-    logit_items: list[int]
+    next_rows: list[tuple[int, int]]
+    prompt_rows: list[tuple[int, slice]]
     hidden: torch.Tensor
     spans: list[tuple[int, int]]
 
@@ -35,8 +38,11 @@ class Pass:
 class ModelRunner:
     """The model with its cache. ``model`` is a transformers causal LM that uses ``attention``."""
 
-    def __init__(self, model: Any, attention: BlockAttention, cache: KVCache) -> None:
+    def __init__(
+        self, model: Any, attention: BlockAttention, cache: KVCache, adapters: ActiveAdapters | None = None
+    ) -> None:
         self.model = model
+        self.adapters = adapters
         self.attention = attention
         self.cache = cache
         self.device = cache.keys[0].device
@@ -58,10 +64,25 @@ class ModelRunner:
         positions = np.concatenate([np.arange(i.sequence.computed, i.sequence.computed + i.tokens) for i in batch])
         ends = list(itertools.accumulate(i.tokens for i in batch))
         spans = [(end - item.tokens, end) for item, end in zip(batch, ends, strict=True)]
-        wanted = [n for n, i in enumerate(batch) if i.tokens == i.sequence.pending and not i.sequence.is_embedding]
-        rows = torch.tensor([ends[n] - 1 for n in wanted], dtype=torch.int64, device=self.device)
+        wanted: list[int] = []
+        next_rows: list[tuple[int, int]] = []
+        prompt_rows: list[tuple[int, slice]] = []
+        for n, (item, (start, end)) in enumerate(zip(batch, spans, strict=True)):
+            sequence = item.sequence
+            if sequence.is_embedding:
+                continue
+            if not sequence.prompt_scored:
+                prompt_rows.append((n, slice(len(wanted), len(wanted) + item.tokens)))
+                wanted.extend(range(start, end))
+            elif item.tokens == sequence.pending:
+                wanted.append(end - 1)
+            if item.tokens == sequence.pending:
+                next_rows.append((n, len(wanted) - 1))
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
 
         self.attention.batch = self._attention_batch(batch, positions, spans)
+        if self.adapters is not None:
+            self.adapters.rows = self._adapter_rows(batch, spans)
         options: dict[str, Any] = {"logits_to_keep": rows} if self._keep_rows else {}
         output = self.model(
             input_ids=torch.from_numpy(ids).to(self.device)[None],
@@ -73,7 +94,16 @@ class ModelRunner:
         logits = output.logits[0] if self._keep_rows else output.logits[0][rows]
         hidden, self._hidden = self._hidden, None
         assert hidden is not None
-        return Pass(logits.float(), wanted, hidden[0], spans)
+        return Pass(logits.float(), next_rows, prompt_rows, hidden[0], spans)
+
+    def _adapter_rows(self, batch: list[Scheduled], spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Return which rows of the flat batch each adapter changes."""
+        rows: dict[str, list[int]] = {}
+        for item, (start, end) in zip(batch, spans, strict=True):
+            job = item.sequence.job
+            if isinstance(job, GenerateJob) and job.adapter:
+                rows.setdefault(job.adapter, []).extend(range(start, end))
+        return {name: torch.tensor(r, device=self.device) for name, r in rows.items()}
 
     def _attention_batch(
         self, batch: list[Scheduled], positions: np.ndarray, spans: list[tuple[int, int]]

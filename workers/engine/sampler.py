@@ -1,8 +1,8 @@
 """From logits to the next token, for all rows of a step at once, each row with its own parameters.
 
 Order and semantics as in ``transformers.generate``: logit_bias, repetition, presence and frequency penalties,
-min_tokens; then greedy, or temperature, top_k, top_p, min_p, typical_p and a draw. A step that no row asks for costs
-nothing.
+min_tokens, grammar; then greedy, or temperature, top_k, top_p, min_p, typical_p and a draw. A step that no row asks for
+costs nothing.
 """
 
 from collections.abc import Sequence as Rows
@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
+from workers.engine.grammar import allowed_tokens
 from workers.engine.noise import draw_key, gumbel_noise
 from workers.engine.sequence import Sequence
 from workers.messages import GenerateJob, SamplingParams
@@ -36,7 +37,7 @@ def _padded_ids(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:
 
 
 def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
-    """Apply bias, penalties and min_tokens to ``scores`` (float32 ``[rows, vocab]``), in place.
+    """Apply bias, penalties, min_tokens and grammars to ``scores`` (float32 ``[rows, vocab]``), in place.
 
     Greedy and sampled rows pass raw logits; beam search passes log-probabilities, as transformers does.
     """
@@ -66,8 +67,16 @@ def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
 
     for r, sequence in enumerate(sequences):
         job = sequence.job
-        if isinstance(job, GenerateJob) and sequence.output_length < job.min_tokens and job.stop_token_ids:
-            scores[r, job.stop_token_ids] = -torch.inf
+        assert isinstance(job, GenerateJob)
+        stop = job.stop_token_ids if sequence.output_length < job.min_tokens else []
+        if sequence.matcher is not None:
+            allowed = allowed_tokens(sequence.matcher, scores.shape[1])
+            if stop and bool(allowed.sum() > allowed[stop].sum()):
+                # The grammar knows a way on; where it knows none, a shorter text is better than a wrong one.
+                allowed[stop] = False
+            scores[r].masked_fill_(~allowed.to(device), -torch.inf)
+        elif stop:
+            scores[r, stop] = -torch.inf
 
 
 def sample(scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:

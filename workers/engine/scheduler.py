@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from workers.engine.kv_cache import BlockPool, OutOfBlocks
+from workers.engine.errors import OutOfBlocks
+from workers.engine.kv_cache import BlockPool
 from workers.engine.sequence import Sequence, State
 from workers.messages import EmbedJob, GenerateJob
 

@@ -4,9 +4,11 @@ from enum import Enum, auto
 
 import numpy as np
 import torch
+from llguidance import LLMatcher
 
-from workers.engine.kv_cache import BlockPool, OutOfBlocks, chain_hash, salt_hash
-from workers.messages import EmbedJob, GenerateJob, Job
+from workers.engine.errors import OutOfBlocks
+from workers.engine.kv_cache import BlockPool, chain_hash, salt_hash
+from workers.messages import EmbedJob, GenerateJob, Job, TokenLogprobs
 
 
 class State(Enum):
@@ -41,6 +43,12 @@ class Sequence:
         self._hashes: list[bytes] = []
         salt = f"{job.adapter}\0{job.salt}" if isinstance(job, GenerateJob) else ""
         self._salt = salt_hash(salt)
+        # Where the text stands in the job's grammar; None without one.
+        self.matcher: LLMatcher | None = None
+        # Scores of the output so far, when the job asks for them and is a beam search; of the prompt, when it asks.
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.prompt_scored = not (isinstance(job, GenerateJob) and job.prompt_logprobs is not None)
         # Sum of the last hidden states so far, for an embedding job only: float32 [hidden_size].
         self.hidden_sum: torch.Tensor | None = None
 
@@ -65,7 +73,10 @@ class Sequence:
         """Forget the output: back to the prompt alone. Blocks must have been released."""
         self.length = self.prompt_length
         self.forked = False
+        self.logprobs = []
         self._hashes = []
+        if self.matcher is not None:
+            self.matcher.reset()
 
     def output_ids(self) -> list[int]:
         ids: list[int] = self.ids[self.prompt_length : self.length].tolist()
@@ -77,9 +88,9 @@ class Sequence:
         """Adopt the blocks of the pool that hold the beginning of this sequence; return the number of tokens saved.
 
         At least one token stays to be computed, because its logits are wanted. An embedding needs the hidden states of
-        all its tokens, so it adopts nothing.
+        all its tokens, and scores of the prompt need its logits, so they adopt nothing.
         """
-        if self.is_embedding:
+        if self.is_embedding or not self.prompt_scored:
             return 0
         size = pool.block_size
         for index in range((self.length - 1) // size):
@@ -129,6 +140,7 @@ class Sequence:
         self.blocks = []
         self.computed = 0
         self.hidden_sum = None
+        self.prompt_logprobs = []
 
     def fork(self, choice: int, pool: BlockPool) -> "Sequence":
         """Return a copy that shares all blocks with this one."""
@@ -138,6 +150,8 @@ class Sequence:
         twin.ids = self.ids.copy()
         twin.blocks = list(self.blocks)
         twin._hashes = list(self._hashes)
+        twin.logprobs = list(self.logprobs)
+        twin.matcher = self.matcher.deep_copy() if self.matcher is not None else None
         for block in twin.blocks:
             pool.share(block)
         return twin

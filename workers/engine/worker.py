@@ -5,25 +5,40 @@ import os
 import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llguidance import LLMatcher
 
 from workers.config import WorkerConfig
 from workers.engine.build import build
-from workers.engine.card import publish
+from workers.engine.card import publish, stop_token_ids
 from workers.engine.engine import Engine
-from workers.engine.loader import LoadError, load
-from workers.messages import Fatal, Loading, Order, Ready, Report
+from workers.engine.errors import GrammarError, LoadError
+from workers.engine.grammar import GrammarCompiler
+from workers.engine.loader import load
+from workers.messages import Cancel, Failed, Fatal, GenerateJob, Loading, Order, Ready, Report
 
 log = logging.getLogger(__name__)
 
-Inbox = queue.SimpleQueue[Order | None]
 Emit = Callable[[list[Report]], None]
 
 # Seconds between two signs of life.
 BUSY_STATS_S = 0.25
 IDLE_STATS_S = 1.0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A job that comes back from the grammar compiler, with what it made of the job's grammar."""
+
+    job: GenerateJob
+    result: LLMatcher | GrammarError
+
+
+Inbox = queue.SimpleQueue[Order | Compiled | None]
 
 
 def run(config: WorkerConfig, inbox: Inbox, emit: Emit) -> None:
@@ -38,36 +53,82 @@ def run(config: WorkerConfig, inbox: Inbox, emit: Emit) -> None:
         emit([Fatal(message=str(error))])
         return
     emit([Ready(card_path=str(card))])
-    serve(engine, inbox, emit)
+    ServingLoop(engine, GrammarCompiler(loaded.tokenizer, engine.vocab_size, stop_token_ids(loaded)), inbox, emit).run()
 
 
-def serve(engine: Engine, inbox: Inbox, emit: Emit) -> None:
-    """The loop itself. An error that is not one request's own ends it: the pool starts a fresh process."""
-    next_stats = 0.0
-    while True:
-        reports: list[Report] = []
-        for order in _orders(inbox, wait=not engine.has_work):
-            if order is None:
-                return
-            reports += engine.submit(order)
-        reports += engine.step()
-        now = time.monotonic()
-        if now >= next_stats:
-            reports.append(engine.stats(memory_bytes()))
-            next_stats = now + (BUSY_STATS_S if engine.has_work else IDLE_STATS_S / 2)
-        if reports:
-            emit(reports)
+class ServingLoop:
+    """Moves orders into the engine and reports out of it.
 
+    A job with a grammar takes a turn through a thread that compiles the grammar, so that no running stream waits for
+    it.
+    """
 
-def _orders(inbox: Inbox, wait: bool) -> list[Order | None]:
-    """Return everything that has arrived; with nothing else to do, wait for it until the next sign of life is due."""
-    orders: list[Order | None] = []
-    try:
-        orders.append(inbox.get(block=wait, timeout=IDLE_STATS_S))
+    def __init__(self, engine: Engine, compiler: GrammarCompiler, inbox: Inbox, emit: Emit) -> None:
+        self._engine = engine
+        self._compiler = compiler
+        self._inbox = inbox
+        self._emit = emit
+        self._compiling: set[str] = set()
+        self._executor = ThreadPoolExecutor(1, "grammar")
+
+    def run(self) -> None:
+        """Serve until None arrives. An error that is not one request's own ends the loop: the pool starts a fresh
+        process.
+        """
+        self._executor.submit(self._compiler.warm_up)
+        next_stats = 0.0
+        engine = self._engine
         while True:
-            orders.append(inbox.get_nowait())
-    except queue.Empty:
-        return orders
+            reports: list[Report] = []
+            for order in self._orders(wait=not engine.has_work):
+                if order is None:
+                    self._executor.shutdown(wait=False, cancel_futures=True)
+                    return
+                reports += self._take(order)
+            reports += engine.step()
+            now = time.monotonic()
+            if now >= next_stats:
+                reports.append(engine.stats(memory_bytes()))
+                next_stats = now + (BUSY_STATS_S if engine.has_work else IDLE_STATS_S / 2)
+            if reports:
+                self._emit(reports)
+
+    def _orders(self, wait: bool) -> list[Order | Compiled | None]:
+        """Return everything that has arrived; with nothing else to do, wait for it until a sign of life is due."""
+        orders: list[Order | Compiled | None] = []
+        try:
+            orders.append(self._inbox.get(block=wait, timeout=IDLE_STATS_S))
+            while True:
+                orders.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return orders
+
+    def _take(self, order: Order | Compiled) -> list[Report]:
+        if isinstance(order, Compiled):
+            # Gone from the set: it was cancelled meanwhile.
+            if order.job.id not in self._compiling:
+                return []
+            self._compiling.remove(order.job.id)
+            if isinstance(order.result, GrammarError):
+                return [Failed(id=order.job.id, kind="invalid", message=f"the grammar cannot be used: {order.result}")]
+            return self._engine.submit(order.job, order.result)
+        if isinstance(order, Cancel) and order.choice is None:
+            self._compiling.discard(order.id)
+        if isinstance(order, GenerateJob) and order.grammar is not None:
+            self._compiling.add(order.id)
+            self._executor.submit(self._compile, order)
+            return []
+        return self._engine.submit(order)
+
+    def _compile(self, job: GenerateJob) -> None:
+        assert job.grammar is not None
+        try:
+            self._inbox.put(Compiled(job, self._compiler.compile(job.grammar)))
+        except GrammarError as error:
+            self._inbox.put(Compiled(job, error))
+        except Exception as error:
+            log.exception("the grammar compiler failed")
+            self._inbox.put(Compiled(job, GrammarError(type(error).__name__)))
 
 
 def memory_bytes() -> int:

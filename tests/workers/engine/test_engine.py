@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.workers.engine.tiny import EOS, VOCAB, drain, ids_of, job, prompts, tiny_engine, tiny_model
-from workers.engine.engine import Engine, StickyDeviceError
-from workers.engine.loader import LoadError
+from workers.engine.engine import Engine
+from workers.engine.errors import LoadError, StickyDeviceError
 from workers.messages import BeamParams, Cancel, EmbedJob, Failed, GenerateJob, Output, SamplingParams
 
 WARM = SamplingParams(temperature=1.0, seed=11)
@@ -129,7 +129,7 @@ def test_a_request_with_invalid_logits_ends_alone(engine: Engine) -> None:
 
     def poisoned(batch: list[Any]) -> Any:
         result = forward(batch)
-        for row, n in enumerate(result.logit_items):
+        for n, row in result.next_rows:
             if batch[n].sequence.job.id == "bad":
                 result.logits[row] = float("nan")
         return result

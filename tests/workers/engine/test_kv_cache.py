@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.engine.kv_cache import BlockPool, OutOfBlocks, chain_hash, salt_hash
+from workers.engine.errors import OutOfBlocks
+from workers.engine.kv_cache import BlockPool, chain_hash, salt_hash
 
 
 def test_blocks_run_out_and_come_back() -> None:

@@ -16,7 +16,8 @@ from tests.workers.engine.tiny import EOS, VOCAB, drain, ids_of, job, prompts, r
 from workers.config import WorkerConfig
 from workers.engine.build import build
 from workers.engine.card import publish
-from workers.engine.loader import LoadError, load
+from workers.engine.errors import LoadError
+from workers.engine.loader import load
 from workers.engine.worker import run
 from workers.messages import Embedded, Fatal, GenerateJob, Loading, ModelCard, Output, Ready, SamplingParams, Stats
 

@@ -127,3 +127,20 @@ def tiny_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w7", bos_token="w1", unk_token="w0")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with one token for each byte and four special ones; `EOS` is its eos."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: place + 8 for place, character in enumerate(alphabet)}
+    vocabulary.update({f"<s{i}>": i for i in range(8)})
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(f"<s{i}>", special=True) for i in range(8)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"<s{EOS}>")
+
+
+BYTE_VOCAB = 264
