@@ -58,6 +58,7 @@ class Console:
         if self._progress is None:
             self._progress = _new_progress()
             self._progress.start()
+            self._progress.console.show_cursor(True)  # whoever kills us would leave a terminal without one
         for worker in loading:
             text = f"worker {worker.index} ({worker.device}): {worker.stage or 'starting'}"
             if worker.index not in self._tasks:
