@@ -51,7 +51,7 @@ def test_a_finished_choice_is_not_delivered_again_by_the_replay(start_pool):
     assert connection.tokens(wanted, 1) == []
 
 
-def test_a_beam_search_starts_again_and_repeats_nothing(start_pool):
+def test_a_beam_search_is_replayed_and_repeats_nothing(start_pool):
     pool = start_pool()
     connection = pool.connect(workers=1)
     plain = job([WAIT, 6, 0, 1], max_tokens=9)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
-from workers.messages import Cancel, Embedded, Event, Failed, Job, Order, Output, Started
+from workers.messages import Cancel, Embedded, Event, Failed, Job, Order, Output
 from workers.pool.journal import Client, Entry
 
 log = logging.getLogger("tailrace.pool")
@@ -135,26 +135,22 @@ class Broker(Generic[W]):
         if entry is None or entry.worker != worker.index:
             return  # cancelled, or answered by another worker meanwhile
         if type(event) is Output:
-            if not event.finish_reason and entry.skip is None and event.choice not in entry.finished:
-                # Nearly every event of a busy server takes this road.
-                if 0 <= event.choice < len(entry.emitted):
-                    entry.emitted[event.choice] += event.ids
-                    entry.client.post(event)
-                return
             before = entry.load
-            news = entry.accept(event)
-            self._loads[worker.index] += entry.load - before
-            if news is not None:
-                entry.client.post(news)
+            if not entry.accept(event):
+                return
+            entry.client.post(event)
+            if event.finish_reason is not None:
+                self._loads[worker.index] += entry.load - before
                 if entry.complete:
+                    if entry.dropped:  # the engine may still be at work on what nobody wants
+                        self._send(worker, Cancel(id=event.id))
                     self._end(entry)
-        elif type(event) is Started:
-            if not entry.started:
-                entry.started = True
-                entry.client.post(event)
         elif isinstance(event, Embedded | Failed):
             entry.client.post(event)
             self._end(entry)
+        elif type(event) not in entry.heard:
+            entry.heard.add(type(event))
+            entry.client.post(event)
 
     def worker_lost(self, worker: W) -> None:
         """The worker is dead: its jobs go back to the head of the queue, in their order, with what they have."""

@@ -22,46 +22,36 @@ class Entry:
     """One live job of one client.
 
     ``emitted`` holds the tokens delivered of each choice, ``finished`` the choices that have ended, ``dropped`` those
-    of them that ended because the client has all it wants. ``load`` is the number of sequences the job still costs.
+    of them that ended because the client has all it wants, ``heard`` the kinds of events that a job sends only once.
+    ``load`` is the number of sequences the job still costs.
     """
 
-    __slots__ = ("client", "dropped", "emitted", "finished", "job", "load", "replays", "skip", "started", "worker")
+    __slots__ = ("client", "dropped", "emitted", "finished", "heard", "job", "load", "replays", "worker")
 
     def __init__(self, job: Job, client: Client) -> None:
         self.job = job
         self.client = client
         self.worker: int | None = None
         self.replays = 0
-        self.started = False
+        self.heard: set[type] = set()
         self.finished: set[int] = set()
         self.dropped: set[int] = set()
-        self.skip: list[int] | None = None
         if isinstance(job, GenerateJob):
-            self.emitted = [list(ids) for ids in job.emitted] + [[] for _ in range(job.n - len(job.emitted))]
+            self.emitted = [list(ids) for ids in job.emitted[: job.n]] + [[] for _ in range(job.n - len(job.emitted))]
             self.load = job.beams.num_beams if job.beams else job.n
         else:
             self.emitted = []
             self.load = 1
 
-    def accept(self, output: Output) -> Output | None:
-        """Note the tokens of ``output``; return what of it is new to the client, or None.
-
-        A replay may repeat the end of a choice that had already ended; a beam search, whose tokens cannot be forced,
-        repeats everything.
-        """
+    def accept(self, output: Output) -> bool:
+        """Note the tokens of ``output``; return False if it is no news: a replay may repeat the end of a choice."""
         choice = output.choice
         if choice in self.finished or not 0 <= choice < len(self.emitted):
-            return None
-        if self.skip is not None and self.skip[choice]:
-            known = min(self.skip[choice], len(output.ids))
-            self.skip[choice] -= known
-            output = msgspec.structs.replace(output, ids=output.ids[known:])
-            if not output.ids and output.finish_reason is None:
-                return None
+            return False
         self.emitted[choice] += output.ids
         if output.finish_reason is not None:
             self._finish(choice)
-        return output
+        return True
 
     def drop(self, choice: int) -> bool:
         """The client wants no more of ``choice``; return whether that is news."""
@@ -81,13 +71,9 @@ class Entry:
         job = self.job
         if isinstance(job, EmbedJob):
             return [job]
-        if job.beams is not None:
-            # Which tokens a beam search delivers is known at its end only: it starts again, and `accept` drops what
-            # the client has.
-            self.skip = [len(ids) for ids in self.emitted]
-            return [job, *(Cancel(id=job.id, choice=choice) for choice in sorted(self.dropped))]
         if any(self.emitted):
             job = msgspec.structs.replace(job, emitted=[list(ids) for ids in self.emitted])
+        # From its tokens alone the engine could not tell that the client wants no more of these.
         return [job, *(Cancel(id=job.id, choice=choice) for choice in sorted(self.dropped))]
 
     def _finish(self, choice: int) -> None:

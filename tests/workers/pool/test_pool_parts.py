@@ -15,7 +15,18 @@ from config.settings import Settings
 from tests.workers.pool.harness import job, wait_until
 from workers import entry
 from workers.entry import ReportPipe
-from workers.messages import Cancel, EmbedJob, Failed, GenerateJob, Output, Report, Stats, WorkerStatus
+from workers.messages import (
+    Cancel,
+    EmbedJob,
+    Failed,
+    GenerateJob,
+    Output,
+    PromptLogprobs,
+    Report,
+    Started,
+    Stats,
+    WorkerStatus,
+)
 from workers.pool import plan
 from workers.pool.broker import Broker
 from workers.pool.console import Console
@@ -185,6 +196,30 @@ def test_an_embedding_is_asked_for_again_after_a_death():
     broker.worker_lost(workers[0])
     broker.dispatch()
     assert [order.id for _, order in sent] == ["e", "e"]
+
+
+def test_what_a_job_says_once_is_not_said_again_by_its_replay():
+    broker, workers, _ = make_broker()
+    client, wanted = FakeClient(), job([1])
+    broker.submit(client, wanted)
+    said = [Started(id=wanted.id), PromptLogprobs(id=wanted.id, logprobs=[])]
+    for event in said:
+        broker.event(workers[0], event)
+    broker.worker_lost(workers[0])
+    broker.dispatch()
+    for event in said:
+        broker.event(workers[0], event)
+    assert client.events == said
+
+
+def test_a_job_whose_wanted_choices_have_ended_is_cancelled_for_the_engine():
+    broker, workers, sent = make_broker()
+    client, wanted = FakeClient(), job([1], n=2)
+    broker.submit(client, wanted)
+    broker.cancel(client, Cancel(id=wanted.id, choice=0))
+    broker.event(workers[0], Output(id=wanted.id, choice=1, finish_reason="stop"))
+    assert sent[-1] == (0, Cancel(id=wanted.id))
+    assert broker.running == 0
 
 
 def test_nonsense_choices_of_an_engine_are_ignored():
