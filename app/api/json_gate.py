@@ -13,6 +13,7 @@ from werkzeug.wsgi import get_input_stream
 
 from app.api.errors import ApiError, invalid
 from app.text.errors import ClientGone
+from app.text.offload import give_way
 
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
@@ -39,6 +40,8 @@ def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
             if size > limit:
                 raise _too_large(limit)
             parts.append(data)
+            # A body that has arrived already is read without waiting, so nobody else would get a turn.
+            give_way()
     except gevent.Timeout as expired:
         if expired is not timeout:
             raise

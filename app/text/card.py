@@ -52,21 +52,36 @@ class Model:
     def encode(self, text: str, *, add_bos: bool, param: str | None) -> list[int]:
         """Return the tokens of ``text``; special tokens written in it count as such.
 
-        Raises `ContextLengthExceeded` without tokenising when the text is too long for any tokenizer to fit it in.
+        Raises `ContextLengthExceeded` if there are more than the model can read.
         """
-        least = len(text) // self._longest_token
+        self.check_characters(len(text), param)
+        ids = off_hub_if_large(len(text), self._encode, text, param)
+        return [self._bos, *ids] if add_bos and self._bos is not None else ids
+
+    def check_characters(self, characters: int, param: str | None) -> None:
+        """Refuse what is too long however it is cut into tokens, before any work is spent on it.
+
+        Raises `ContextLengthExceeded`.
+        """
+        least = characters // self._longest_token
         if least > self.card.max_model_len:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.card.max_model_len} tokens; "
-                f"a prompt of {len(text)} characters has at least {least}.",
+                f"a prompt of {characters} characters has at least {least}.",
                 param,
             )
-        ids = off_hub_if_large(len(text), self._encode, text)
-        return [self._bos, *ids] if add_bos and self._bos is not None else ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, param: str | None) -> list[int]:
         # The batch call releases the GIL, the single one does not; "fast" leaves out character offsets.
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        # Making Python numbers of the tokens holds the GIL, hence the hub: not for a prompt that is refused anyway.
+        if len(encoding) > self.card.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.card.max_model_len} tokens, "
+                f"but the prompt has {len(encoding)} tokens.",
+                param,
+            )
+        return encoding.ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``, special tokens included."""

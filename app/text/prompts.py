@@ -39,7 +39,9 @@ def render_chat(
             variables=variables,
         )
 
-    size = sum(len(message["content"]) for message in messages) + 64 * len(messages)
+    characters = sum(len(message["content"]) for message in messages)
+    model.check_characters(characters, "messages")
+    size = characters + 64 * len(messages)
     return off_hub_if_large(size, render)
 
 

@@ -24,6 +24,9 @@ from tests.app.tiny import write_card
 
 ROOT = Path(__file__).parents[2]
 
+# As Llama 3.1 has it.
+LONG_CONTEXT = 131_072
+
 
 @contextlib.contextmanager
 def runtime_directory() -> Iterator[Path]:
@@ -85,7 +88,7 @@ def serving(**settings: object) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        pool = ScriptedPool(folder / "pool.sock", write_card(folder, max_model_len=1_000_000)).start()
+        pool = ScriptedPool(folder / "pool.sock", write_card(folder, max_model_len=LONG_CONTEXT)).start()
         config = folder / "gunicorn_test.py"
         config.write_text("control_socket_disable = True\n")
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TAILRACE_")}

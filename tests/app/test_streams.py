@@ -146,7 +146,14 @@ def test_concurrent_streams_each_get_their_own_text(server: Server) -> None:
     assert answers == {number: f"{number}号 😀 " * 20 for number in range(24)}
 
 
-def test_a_prompt_of_two_megabytes_stalls_nobody(server: Server) -> None:
+SENTENCE = "The quick brown fox 今天天气真不错 😀. "
+# Refused only after it was rendered and tokenised; and one that just fits and goes on to the pool.
+TWO_MEGABYTES = SENTENCE * 45_000
+FULL_CONTEXT = SENTENCE * (120_000 // len(ids_of(SENTENCE)))
+
+
+@pytest.mark.parametrize(("prompt", "status"), [(TWO_MEGABYTES, 400), (FULL_CONTEXT, 200)], ids=["refused", "admitted"])
+def test_a_huge_prompt_stalls_nobody(server: Server, prompt: str, status: int) -> None:
     client, job = broken_stream(server)
     done = threading.Event()
 
@@ -156,23 +163,21 @@ def test_a_prompt_of_two_megabytes_stalls_nobody(server: Server) -> None:
 
     talker = threading.Thread(target=keep_talking)
     talker.start()
-    prompt = "The quick brown fox 今天天气真不错 😀. " * 45_000
-    assert len(prompt.encode()) > 2_000_000
     server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
+    lags = []
     try:
-        lags = []
-        while len(lags) < 3 and min(lags, default=1.0) >= 0.05:
-            # Other processes of a busy machine may hold up one try; what we do wrong is there in each.
+        for _ in range(6):
             server.stats()
             response = httpx.post(server.url + CHAT, json={"messages": prompt}, timeout=60)
             lags.append(server.stats()["hub_lag_s"])
+            assert response.status_code == status, response.text
     finally:
         done.set()
         talker.join()
         client.leave()
-    assert response.status_code == 200, response.text
-    assert response.json()["usage"]["prompt_tokens"] > 500_000
-    assert min(lags) < 0.05
+    # The first one also touches fresh memory. Of the others a busy machine may delay one or two, but what is done on
+    # the hub delays each of them.
+    assert sorted(lags[1:])[2] < 0.05, lags
 
 
 def test_pipelined_requests_are_both_answered(server: Server) -> None:
