@@ -31,6 +31,7 @@ def assert_whole(stream, max_tokens: int = 12) -> None:
 
 def assert_serving(service: Service) -> None:
     stream = service.stream([PLAIN], 9)
+    assert stream.response.status == 200
     stream.read_all()
     assert (stream.tokens, stream.last) == (expected(job([PLAIN], 9)), "end")
 
@@ -93,6 +94,9 @@ def test_kill_9_of_the_pool_ends_open_streams_with_an_error_and_the_service_come
     wait_dead([pool, model], 5)
     service.wait_ready()
     assert service.pool_pid() != pool
+    # Each HTTP worker dials again after a pause of its own, at most 2 s, and answers 503 until then.
+    wait_until(lambda: service.get("/?prompt=0&max_tokens=1")[0] == 200, "an HTTP worker with a line to the pool", 5)
+    wait_until(lambda: all(service.get("/?prompt=0&max_tokens=1")[0] == 200 for _ in range(8)), "all of them", 5)
     assert_serving(service)
 
 
