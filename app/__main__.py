@@ -19,7 +19,7 @@ def main() -> NoReturn:
     try:
         given = cli.parse(sys.argv[1:])
         chosen = settings.load(given)
-        make_private(preflight(chosen).settings.runtime_dir)
+        make_private(preflight(chosen, model=chosen.launch_pool).settings.runtime_dir)
     except ConfigError as error:
         for problem in error.problems:
             print(f"tailrace: error: {problem}", file=sys.stderr)

@@ -24,23 +24,25 @@ class Preflight:
     notices: list[str] = field(default_factory=list)
 
 
-def preflight(settings: Settings, *, port: bool = True) -> Preflight:
+def preflight(settings: Settings, *, port: bool = True, model: bool = True) -> Preflight:
     """Check all that can be checked without loading. Raises `ConfigError` with a line for each problem.
 
     ``port`` False leaves out the check of the listening address, for a process that does not listen. It is left out too
     for an address that was found free before in this process (a reload, where we hold it ourselves) and for sockets
-    that were handed over by a parent.
+    that were handed over by a parent. ``model`` False leaves out model and devices, for the HTTP side of a pool that is
+    a service of its own.
     """
     problems: list[str] = []
     notices = unknown_variables()
-    if settings.load_in_8bit and settings.load_in_4bit:
-        problems.append("--load_in_8bit, --load_in_4bit: choose one of them")
-    try:
-        settings = with_devices(settings, notices)
-    except ConfigError as error:
-        problems += error.problems
-    problems += _check_packages(settings)
-    problems += check_model(settings)
+    if model:
+        if settings.load_in_8bit and settings.load_in_4bit:
+            problems.append("--load_in_8bit, --load_in_4bit: choose one of them")
+        try:
+            settings = with_devices(settings, notices)
+        except ConfigError as error:
+            problems += error.problems
+        problems += _check_packages(settings)
+        problems += check_model(settings)
     if port:
         problems += _check_address(settings.host, settings.port)
     if problems:

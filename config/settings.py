@@ -20,6 +20,9 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from config.sources import PREFIX, PlatformVariables, TomlFile, config_file, nearest
 from config.sources import ConfigError as ConfigError
 
+# A name that the base model always has, since the demo's clients may send it.
+ALIAS = "llama-3-chinese"
+
 GROUPS = ("Model", "Hardware", "Server", "Behaviour", "Limits", "Files and logs")
 
 
@@ -53,6 +56,12 @@ def _default_cache_dir() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~")) / ".cache") / "tailrace"
 
 
+def _adapter(text: str) -> tuple[str, str]:
+    """Split NAME=DIR; the name is "" for a plain DIR. A "=" behind a slash belongs to the directory."""
+    name, equals, source = text.partition("=")
+    return (name, source) if equals and name and "/" not in name else ("", text)
+
+
 class Settings(BaseSettings):
     """What an operator can choose. ``model_fields_set`` tells which of it was chosen and which is a default."""
 
@@ -68,7 +77,12 @@ class Settings(BaseSettings):
         metavar="DIR_OR_GGUF",
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    lora_model: str | None = _setting(None, "Model", "directory of a LoRA adapter for the base model", metavar="DIR")
+    lora_model: Annotated[list[str], NoDecode] = _setting(
+        list,
+        "Model",
+        "LoRA adapter: DIR is merged into the weights, NAME=DIR is used by requests for the model NAME; repeatable",
+        metavar="[NAME=]DIR",
+    )
     tokenizer_path: str | None = _setting(
         None, "Model", "directory of the tokenizer", metavar="DIR", shown="the LoRA's own, else the base model's"
     )
@@ -113,6 +127,9 @@ class Settings(BaseSettings):
     host: str = _setting("127.0.0.1", "Server", "address to listen on", metavar="ADDRESS")
     port: int = _setting(19327, "Server", "TCP port to listen on", ge=1, le=65535)
     http_workers: int = _setting(2, "Server", "HTTP processes; they hold no model", unit="processes", ge=1, le=256)
+    launch_pool: bool = _setting(
+        True, "Server", "start the pool of model workers when none listens; =false where it is a service of its own"
+    )
     http_keepalive_s: int = _setting(
         75, "Server", "how long an idle client connection is kept; more than the proxy keeps it", unit="seconds", ge=1
     )
@@ -203,6 +220,23 @@ class Settings(BaseSettings):
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
 
     @property
+    def merged_lora(self) -> str | None:
+        """The adapter to merge into the weights."""
+        return next((source for name, source in map(_adapter, self.lora_model) if not name), None)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that requests choose by model name: name -> directory or hub id."""
+        return {name: source for name, source in map(_adapter, self.lora_model) if name}
+
+    @property
+    def served_names(self) -> list[str]:
+        """The names of the base model, the chosen ones or its file's or directory's, and its alias."""
+        path = Path(self.base_model)
+        own = path.stem if path.suffix == ".gguf" else path.name
+        return list(dict.fromkeys([*(self.served_model_name or [own]), ALIAS]))
+
+    @property
     def bind(self) -> str:
         """Address and port as gunicorn takes them, with brackets about an IPv6 address."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -212,7 +246,7 @@ class Settings(BaseSettings):
         """The Unix socket on which the pool listens."""
         return self.runtime_dir / "pool.sock"
 
-    @field_validator("gpus", "served_model_name", mode="before")
+    @field_validator("gpus", "served_model_name", "lora_model", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         """Accept a real list, a JSON list, or text with commas ("0,1")."""
@@ -234,6 +268,23 @@ class Settings(BaseSettings):
             raise ValueError("GPU numbers start at 0")
         if len(set(value)) != len(value):
             raise ValueError("names a GPU twice")
+        return value
+
+    @field_validator("lora_model")
+    @classmethod
+    def _distinct_adapters(cls, value: list[str]) -> list[str]:
+        named = [_adapter(each) for each in value]
+        for (name, source), given in zip(named, value, strict=True):
+            if not source:
+                raise ValueError(f"{given!r} names no directory")
+            if name != name.strip() or not name.isprintable():
+                raise ValueError(f"{name!r} is no name for an adapter")
+        names = [name for name, _ in named]
+        if names.count("") > 1:
+            raise ValueError("only one adapter can be merged; give the others a name (NAME=DIR)")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two adapters are named {twice!r}")
         return value
 
     @field_validator("runtime_dir", "cache_dir")

@@ -1,5 +1,6 @@
 """Wrong combinations end before anything is loaded, each in one clear line."""
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,45 @@ def test_a_directory_that_is_no_adapter_is_refused(tmp_path, model):
     assert "has no weights" in problems(base_model=model, lora_model=folder)[0]
 
 
+def test_adapters_chosen_by_name_are_checked_each(tmp_path, model):
+    good = write_adapter(tmp_path / "good")
+    assert problems(base_model=model, lora_model=json.dumps([f"{good}", f"a={good}", f"b={good}"])) == []
+    bad = write_adapter(tmp_path / "bad", lora_shapes("model.layers.9.x", HIDDEN, HIDDEN))
+    assert problems(base_model=model, lora_model=json.dumps([f"a={good}", f"b={bad}", "c=/no/such"])) == [
+        f"--lora_model: b={bad}: does not fit the base model: it has no module model.layers.9.x",
+        "--lora_model: c=/no/such: no such directory",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama-3-chinese", "model", "mine"])
+def test_an_adapter_may_not_take_a_name_of_the_base_model(tmp_path, model, name):
+    adapter = write_adapter(tmp_path / "lora")
+    served = {"served_model_name": "mine"} if name == "mine" else {}
+    assert problems(base_model=model, lora_model=f"{name}={adapter}", **served) == [
+        f"--lora_model: {name}={adapter}: {name} is the name of the base model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "biases")],
+)
+def test_an_adapter_that_is_more_than_low_rank_can_be_merged_but_not_chosen(tmp_path, model, config, what):
+    adapter = write_adapter(tmp_path / "lora", **config)
+    assert problems(base_model=model, lora_model=adapter) == []
+    assert problems(base_model=model, lora_model=f"a={adapter}") == [
+        f"--lora_model: a={adapter}: uses {what}, which cannot be chosen per request; without a name it can be merged"
+    ]
+
+
+def test_quantised_weights_take_adapters_in_one_way_only(tmp_path, model):
+    adapter = write_adapter(tmp_path / "lora")
+    assert problems(base_model=model, lora_model=f"a={adapter}", load_in_4bit="true") == []
+    assert problems(base_model=model, lora_model=f"{adapter},a={adapter}", load_in_4bit="true") == [
+        "--lora_model: quantised weights take either one adapter without a name or adapters with names"
+    ]
+
+
 # --- tokenizer
 
 
@@ -262,3 +302,9 @@ def test_a_host_that_is_not_ours_is_refused(host):
 
 def test_several_problems_are_all_told(tmp_path):
     assert len(problems(base_model=tmp_path, load_in_8bit="true", load_in_4bit="true", tokenizer_path="/none")) == 3
+
+
+def test_the_http_side_of_a_pool_of_its_own_looks_at_neither_model_nor_gpu(monkeypatch):
+    monkeypatch.setattr(gpus, "count", lambda: pytest.fail("asked"))
+    settings = load({"launch_pool": "false", "base_model": "/not/visible/here", "gpus": "7"})
+    assert preflight(settings, port=False, model=False).settings == settings

@@ -38,7 +38,7 @@ def test_flags_become_variables_with_the_same_meaning():
 def test_dashes_are_taken_for_underscores_in_flags_but_not_in_values():
     assert cli.parse(["--base-model", "my-model", "--lora-model=a-b"]) == {
         "base_model": "my-model",
-        "lora_model": "a-b",
+        "lora_model": '["a-b"]',
     }
 
 

@@ -156,3 +156,39 @@ def test_the_sample_file_shows_every_setting_with_its_default():
     defaults = load()
     for name in set(sample) - shown_as_example:
         assert sample[name] == getattr(defaults, name), name
+
+
+def test_adapters_are_merged_or_named(tmp_path, monkeypatch):
+    settings = load({"lora_model": '["/loras/a", "law=/loras/law", "art=org/art"]'})
+    assert settings.merged_lora == "/loras/a"
+    assert settings.adapters == {"law": "/loras/law", "art": "org/art"}
+    assert load().merged_lora is None
+    path = write_toml(tmp_path, 'lora_model = "law=/loras/law"')
+    assert load({"config": str(path)}).adapters == {"law": "/loras/law"}
+    path = write_toml(tmp_path, 'lora_model = ["/loras/a", "law=/loras/law"]')
+    assert load({"config": str(path)}).lora_model == ["/loras/a", "law=/loras/law"]
+    monkeypatch.setenv("TAILRACE_LORA_MODEL", "law=/loras/law,art=/loras/art")
+    assert list(load().adapters) == ["law", "art"]
+
+
+def test_an_equals_sign_in_a_directory_makes_no_name():
+    assert load({"lora_model": "/loras/r=8"}).merged_lora == "/loras/r=8"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ('["/a", "/b"]', "only one adapter can be merged; give the others a name (NAME=DIR)"),
+        ('["x=/a", "x=/b"]', "two adapters are named 'x'"),
+        ("x=", "'x=' names no directory"),
+        ('[" x=/a"]', "' x' is no name for an adapter"),
+    ],
+)
+def test_adapters_that_cannot_be_told_apart_are_refused(given, reason):
+    assert problems_of(lora_model=given)[0].startswith(f"--lora_model: {reason}")
+
+
+def test_the_base_model_is_served_under_its_names_and_the_demos():
+    assert load({"base_model": "/srv/My-Model/"}).served_names == ["My-Model", "llama-3-chinese"]
+    assert load({"base_model": "/srv/m.Q4.gguf"}).served_names == ["m.Q4", "llama-3-chinese"]
+    assert load({"served_model_name": "a,b"}).served_names == ["a", "b", "llama-3-chinese"]

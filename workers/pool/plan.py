@@ -1,5 +1,7 @@
 """From the operator's settings to what the pool runs: which model workers on which devices, and its bounds."""
 
+import os
+
 from config.settings import Settings
 from workers.config import WorkerConfig
 from workers.pool.server import PoolOptions
@@ -36,9 +38,10 @@ def _config(settings: Settings, index: int, gpu: int | None) -> WorkerConfig:
         # Each worker sees its own GPU only, so to torch it is always the first one.
         device="cpu" if gpu is None else "cuda:0",
         visible_devices="" if gpu is None else str(gpu),
-        base_model=settings.base_model,
-        lora_model=settings.lora_model,
-        tokenizer_path=settings.tokenizer_path,
+        base_model=_local(settings.base_model),
+        lora_model=_local(settings.merged_lora) if settings.merged_lora else None,
+        adapters={name: _local(source) for name, source in settings.adapters.items()},
+        tokenizer_path=_local(settings.tokenizer_path) if settings.tokenizer_path else None,
         served_names=list(settings.served_model_name),
         quantization=settings.quantization,
         flash_attention=settings.use_flash_attention_2 and gpu is not None,
@@ -51,3 +54,8 @@ def _config(settings: Settings, index: int, gpu: int | None) -> WorkerConfig:
         runtime_dir=str(settings.runtime_dir),
         cache_dir=str(settings.cache_dir),
     )
+
+
+def _local(source: str) -> str:
+    """Put the home directory in for "~", which a file or NAME=DIR may hold; a hub id stays as it is."""
+    return os.path.expanduser(source)
