@@ -3,6 +3,7 @@ thing.
 """
 
 import logging
+import time
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def build(loaded: LoadedModel, config: WorkerConfig) -> Engine:
     attention = BlockAttention(backend)
     ids = torch.randint(0, loaded.model.config.get_text_config().vocab_size, (1, PROBE_TOKENS), device=loaded.device)
     reference = _reference_logits(loaded.model, ids)
+    begun = time.monotonic()
     shapes = _probe(loaded.model, attention, ids)
+    probe_seconds = time.monotonic() - begun
     max_model_len = _context_length(loaded.model, config)
     blocks = _block_count(shapes, block_size, loaded, config, max_model_len)
     cache = KVCache(shapes, blocks, block_size, loaded.dtype, loaded.device)
@@ -44,6 +47,7 @@ def build(loaded: LoadedModel, config: WorkerConfig) -> Engine:
     pool = BlockPool(blocks, block_size)
     _check(runner, pool, ids, reference, QUANTISED_TOLERANCE if config.quantization else TOLERANCE[loaded.dtype])
     scheduler = Scheduler(pool, config.max_batch, config.prefill_chunk)
+    scheduler.note_pass(PROBE_TOKENS, probe_seconds)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     return Engine(runner, scheduler, min(max_model_len, blocks * block_size), vocabulary, frozenset(config.adapters))
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -154,11 +155,14 @@ class Engine:
         request = self._requests.get(order.id)
         if request is None:
             return
+        if order.choice is not None and isinstance(request.job, GenerateJob) and request.job.beams:
+            # No beam belongs to one choice.
+            return
         for sequence in list(request.sequences):
-            # A choice that is not a sequence of its own yet still belongs to the first one; beams belong to all.
-            own = sequence.choice == order.choice and sequence.forked and request.beams is None
-            if order.choice is None or own:
+            if order.choice is None or (sequence.choice == order.choice and sequence.forked):
                 self._drop(request, sequence)
+            elif not sequence.forked:
+                request.unwanted.add(order.choice)
 
     def _drop(self, request: Request, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -186,12 +190,14 @@ class Engine:
             if not request.started:
                 request.started = True
                 reports.append(Started(id=request.job.id, cached_tokens=item.sequence.cached_tokens))
+        begun = time.monotonic()
         try:
             result = self.runner.forward(batch)
         except Exception as error:
             _raise_if_sticky(error)
             log.exception("forward pass of %d sequences failed; trying each alone", len(batch))
             return reports + self._step_alone(batch)
+        self.scheduler.note_pass(sum(item.tokens for item in batch), time.monotonic() - begun)
         return reports + self._digest(batch, result)
 
     def _step_alone(self, batch: list[Scheduled]) -> list[Report]:
@@ -293,7 +299,10 @@ class Engine:
         choices = [sequence, *(sequence.fork(c, self.scheduler.pool) for c in range(1, job.n))]
         self.scheduler.replace([sequence], choices)
         request.sequences = list(choices)
-        return choices
+        for choice in choices:
+            if choice.choice in request.unwanted:
+                self._drop(request, choice)
+        return list(request.sequences)
 
     def _sample(self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence]) -> list[Report]:
         """Choose a token for each sequence from its row of ``logits``."""

@@ -21,7 +21,8 @@ class Request:
     """A job, its sequences that are not finished, and its beam search, if it is one.
 
     ``sent`` counts, for each choice of a beam search, the tokens that the client has: what all beams share goes out
-    early, and a search that starts again (preempted, or resumed elsewhere) must not repeat it.
+    early, and a search that starts again (preempted, or resumed elsewhere) must not repeat it. ``unwanted`` are choices
+    that were cancelled before they existed.
     """
 
     job: Job
@@ -29,6 +30,7 @@ class Request:
     beams: BeamSearch[BeamToken] | None = None
     started: bool = False
     sent: list[int] = field(default_factory=list)
+    unwanted: set[int] = field(default_factory=set)
 
 
 def ending(sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs]) -> Output | None:

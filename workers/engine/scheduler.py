@@ -19,6 +19,8 @@ from workers.messages import EmbedJob, GenerateJob
 SMALLEST_CHUNK = 16
 # With nobody waiting for a next token a slice may be this many times longer: fewer passes, better use of the hardware.
 IDLE_FACTOR = 4
+# No slice should take longer than this (seconds): cancellations wait for it, and the pool takes silence for death.
+LONGEST_SLICE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,24 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._seconds_per_token = 0.0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+
+    def note_pass(self, tokens: int, seconds: float) -> None:
+        """Learn from a pass how fast prompts can be read here, so that slices keep to `LONGEST_SLICE_S`."""
+        if tokens >= SMALLEST_CHUNK:
+            measured = seconds / tokens
+            known = self._seconds_per_token or measured
+            self._seconds_per_token = known + 0.3 * (measured - known)
+
+    def _slice_budget(self, idle: bool) -> int:
+        """Return how many prompt tokens the next pass may carry."""
+        budget = self.prefill_chunk * IDLE_FACTOR if idle else self.prefill_chunk
+        if self._seconds_per_token:
+            budget = min(budget, int(LONGEST_SLICE_S / self._seconds_per_token))
+        return max(budget, SMALLEST_CHUNK)
 
     def never_fits(self, job: GenerateJob | EmbedJob) -> str | None:
         """Return why the job could not be served even alone, or None."""
@@ -75,7 +92,7 @@ class Scheduler:
         batch = self._schedule_decodes()
         self._admit()
         reading = [s for s in self.running if s.pending > 1 or (s.pending == 1 and s.fresh)]
-        budget = self.prefill_chunk if batch else self.prefill_chunk * IDLE_FACTOR
+        budget = self._slice_budget(idle=not batch)
         for left, sequence in zip(range(len(reading), 0, -1), reading, strict=True):
             # Equal shares: a short prompt is not stuck behind a long one.
             tokens = min(sequence.pending, max(SMALLEST_CHUNK, budget // left), budget)

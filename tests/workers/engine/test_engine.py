@@ -102,6 +102,26 @@ def test_cancel_of_one_choice_leaves_the_others(engine: Engine) -> None:
     assert {o.choice for o in rest if o.finish_reason} == {0, 2}
 
 
+def test_a_choice_can_be_cancelled_before_its_prompt_is_read(engine: Engine) -> None:
+    engine.submit(job("x", prompts(1)[0], 8, n=3, sampling=SamplingParams(logit_bias={EOS: -100.0})))
+    engine.submit(Cancel(id="x", choice=0))
+    assert {o.choice for o in outputs(drain(engine), "x")} == {1, 2}
+    engine.submit(job("y", prompts(1)[0], 8, n=2))
+    engine.submit(Cancel(id="y", choice=0))
+    engine.submit(Cancel(id="y", choice=1))
+    assert not outputs(drain(engine), "y")
+    assert engine.scheduler.pool.used == 0
+
+
+def test_slices_of_a_prompt_get_shorter_where_the_machine_is_slow(engine: Engine) -> None:
+    engine.scheduler.prefill_chunk = 64
+    # As if 16 tokens took a second.
+    for _ in range(30):
+        engine.scheduler.note_pass(16, 1.0)
+    engine.submit(job("x", prompts(1, 200, 200)[0], 5))
+    assert [item.tokens for item in engine.scheduler.schedule()] == [16]
+
+
 @pytest.mark.parametrize(
     ("order", "word"),
     [
