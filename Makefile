@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 HAS_GPU := $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi 2>/dev/null)
 TORCH_INDEX := $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
-.PHONY: serve test lint format clean help
+.PHONY: serve test lint format fidelity clean help
 
 help:
 	@echo "make serve [ARGS='--base_model DIR --port 8000']   install what is needed and serve in the foreground"
 	@echo "make test [ARGS='tests/app -k stream']             install what is needed and run the tests"
 	@echo "make lint                                          ruff and mypy"
+	@echo "make fidelity [ARGS=--quick]                       compare the engine with transformers.generate"
 	@echo "make clean                                         remove the virtual environment and caches"
 
 serve: $(VENV)/.serve-installed
@@ -29,7 +30,10 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict app config workers/messages.py
-	$(BIN)/mypy workers gunicorn.conf.py tests
+	$(BIN)/mypy workers gunicorn.conf.py benchmarks tests
+
+fidelity: $(VENV)/.dev-installed
+	@$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .

@@ -50,6 +50,8 @@ def configure(level: str, process: str) -> None:
     root.setLevel(logging.WARNING)
     for name in ("tailrace", "workers", "app", "config"):
         logging.getLogger(name).setLevel(level.upper())
+    # While it is imported it asks for one more package, which would be downloaded code and which nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A log that cannot be written (full disk) must not make logging print its surroundings, keys included, to stderr.
     logging.raiseExceptions = False
 

@@ -1,9 +1,11 @@
 """One event, one line, whatever is in it."""
 
 import logging
+import subprocess
 import sys
 
 from config import logs
+from config.sources import ROOT
 
 
 def record(message: str, *args: object, level: int = logging.INFO) -> logging.LogRecord:
@@ -41,3 +43,11 @@ def test_a_traceback_stays_on_the_line_unless_on_a_terminal():
 
 def test_a_line_is_bounded():
     assert len(logs.LineFormatter(journal=False, terminal=False).format(record("x" * 100_000))) == 8192
+
+
+def test_a_library_that_misses_an_optional_package_does_not_tell_the_operator():
+    script = "from config import logs; logs.configure('info', 'worker-0'); import bitsandbytes"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "kernels" not in shown.stdout + shown.stderr
