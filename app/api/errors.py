@@ -109,7 +109,7 @@ def _from_failure(error: JobFailed) -> ApiError:
     failure = error.failure
     match failure.kind:
         case "invalid":
-            return ApiError(400, failure.message)
+            return ApiError(400, failure.message, param=error.param)
         case "overloaded":
             return ApiError(429, failure.message, kind=RATE_LIMIT, retry_after=failure.retry_after or 1)
         case "unavailable":

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 
 from app.text.detokenizer import DetokenizerFactory
 from app.text.errors import ContextLengthExceeded
+from app.text.infill import find_infill_tokens
 from app.text.offload import off_hub, off_hub_if_large
+from app.text.scores import TokenNames
 from app.text.template import ChatTemplate
 from workers.messages import ModelCard, PoolStatus
 
@@ -31,7 +33,10 @@ class Model:
         self.template = ChatTemplate(card.chat_template, card.special_tokens) if card.chat_template else None
         self.detokenizers = DetokenizerFactory(tokenizer)
         self.names = list(dict.fromkeys([card.id, *card.names, DEMO_NAME]))
-        self._bos = tokenizer.token_to_id(card.special_tokens.get("bos_token", "")) if card.add_bos_token else None
+        self.token_names = TokenNames(self.detokenizers)
+        self.infill = find_infill_tokens(tokenizer)
+        # The token before every text that is not a conversation, if the model wants one.
+        self.bos = tokenizer.token_to_id(card.special_tokens.get("bos_token", "")) if card.add_bos_token else None
         # Every token stands for at most so many characters, hence a longer text cannot have few tokens.
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -56,7 +61,7 @@ class Model:
         """
         self.check_characters(len(text), param)
         ids = off_hub_if_large(len(text), self._encode, text, param)
-        return [self._bos, *ids] if add_bos and self._bos is not None else ids
+        return [self.bos, *ids] if add_bos and self.bos is not None else ids
 
     def check_characters(self, characters: int, param: str | None) -> None:
         """Refuse what is too long however it is cut into tokens, before any work is spent on it.

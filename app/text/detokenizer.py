@@ -19,10 +19,17 @@ from tokenizers import Tokenizer
 # A character has at most four bytes, so four tokens that end in U+FFFD are no unfinished character.
 _LONGEST_CHARACTER = 4
 _REPLACEMENT = "\ufffd"
+# So many tokens before a text decide how its first one is written.
+_WINDOW = 8
 
 
 class Detokenizer(Protocol):
     """The text of one choice as it grows. Special tokens have no text."""
+
+    @property
+    def holding(self) -> bool:
+        """Whether a part of the last tokens' text is held back."""
+        ...
 
     def push(self, ids: Sequence[int]) -> str:
         """Return the text that ``ids`` complete; often "" for a part of a character."""
@@ -42,6 +49,10 @@ class ByteDetokenizer:
         self._piece = piece
         self._strip = strip
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._decoder.getstate()[0])
 
     def push(self, ids: Sequence[int]) -> str:
         piece = self._piece
@@ -67,11 +78,15 @@ class WindowDetokenizer:
 
     __slots__ = ("_context", "_new", "_special", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        self._context: list[int] = []
+        self._context = [token for token in context if token not in special]
         self._new: list[int] = []
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._new)
 
     def push(self, ids: Sequence[int]) -> str:
         pieces = []
@@ -107,11 +122,20 @@ class DetokenizerFactory:
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._to_bytes = self._choose(_flatten(decoder))
 
-    def start(self) -> Detokenizer:
-        """Return a detokenizer for a new choice."""
+    def start(self, behind: Sequence[int] = ()) -> Detokenizer:
+        """Return a detokenizer for a new choice, whose text is shown right behind that of the tokens ``behind``."""
         if self._to_bytes is None:
-            return WindowDetokenizer(self._tokenizer, self.special)
-        return ByteDetokenizer(self._piece, self._strip)
+            return WindowDetokenizer(self._tokenizer, self.special, behind[-_WINDOW:])
+        return ByteDetokenizer(self._piece, 0 if behind else self._strip)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return the bytes of one token by itself, special tokens as they are written; None if nobody can tell."""
+        if token_id in self.special:
+            return (self._tokenizer.id_to_token(token_id) or "").encode()
+        if self._to_bytes is not None:
+            return self._piece(token_id)
+        text = self._tokenizer.decode([token_id])
+        return None if _REPLACEMENT in text else text.encode()
 
     def _piece(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)

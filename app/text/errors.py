@@ -21,11 +21,12 @@ class ContextLengthExceeded(RequestError):
 
 
 class JobFailed(Exception):
-    """The pool ended a job without an answer."""
+    """The pool ended a job without an answer; ``param`` names the field of the request that is to blame, if one is."""
 
-    def __init__(self, failure: Failed) -> None:
+    def __init__(self, failure: Failed, param: str | None = None) -> None:
         super().__init__(failure.message)
         self.failure = failure
+        self.param = param
 
 
 class PoolUnavailable(Exception):

@@ -5,16 +5,19 @@ A streamed answer sends the pieces as they come, any other answer joins them, so
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from app.text.card import Model
-from app.text.detokenizer import Detokenizer
+from app.text.choice import ChoiceText, FinishReason
 from app.text.errors import DeadlineExceeded, JobFailed
-from app.text.stop import StopMatcher, StopStrings
-from workers.messages import Event, Failed, GenerateJob, Job, Output, Started
+from app.text.prompts import Echo
+from app.text.scores import ScoredToken, TokenTrail
+from app.text.stop import StopStrings
+from workers.messages import Event, Failed, GenerateJob, Job, Output, PromptLogprobs, Started
 
-FinishReason = Literal["stop", "length"]
+# How a model worker begins its word about a grammar that it cannot use.
+_BAD_GRAMMAR = "the grammar"
 
 
 class EventStream(Protocol):
@@ -30,11 +33,17 @@ class EventStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of one choice of the answer; ``finish_reason`` is set on the choice's last piece."""
+    """New text of one choice of the answer; ``finish_reason`` is set on the choice's last piece.
+
+    ``tokens``, of a job with logprobs, are those whose text became certain with this piece. ``prompt``, of a job with
+    prompt_logprobs, comes once for each choice: the tokens of its prompt.
+    """
 
     choice: int
     text: str
     finish_reason: FinishReason | None = None
+    tokens: Sequence[ScoredToken] = ()
+    prompt: Sequence[ScoredToken] = ()
 
 
 @dataclass(slots=True)
@@ -48,73 +57,38 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One choice, complete."""
+    """One choice, complete.
+
+    ``mean_logprob`` is that of all its tokens (with the one that ended it), for a job with logprobs.
+    """
 
     text: str
     finish_reason: FinishReason
+    tokens: Sequence[ScoredToken] = ()
+    prompt: Sequence[ScoredToken] = ()
+    mean_logprob: float = 0.0
 
 
-class ChoiceText:
-    """The growing text of one choice: detokenizer, stop strings, count of tokens."""
+@dataclass(slots=True)
+class _Parts:
+    """A choice being put together."""
 
-    __slots__ = ("_detokenizer", "_matcher", "_min_tokens", "finish_reason", "tokens")
+    texts: list[str] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+    prompt: Sequence[ScoredToken] = ()
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int) -> None:
-        self._detokenizer = detokenizer
-        self._matcher: StopMatcher | None = stops.matcher() if stops else None
-        self._min_tokens = min_tokens
-        self.tokens = 0
-        self.finish_reason: FinishReason | None = None
-
-    def push(self, output: Output) -> str:
-        """Return the text that can go out; sets ``finish_reason`` when a stop string or the engine ended the choice."""
-        ids = output.ids
-        # The stop token is the last of the ids and no part of the text.
-        visible = ids[:-1] if output.stop_token_id is not None and ids else ids
-        if self._matcher is None:
-            self.tokens += len(ids)
-            text = self._detokenizer.push(visible) if visible else ""
-        else:
-            text = self._push_one_by_one(self._matcher, visible)
-            if self.finish_reason is not None:
-                return text
-            self.tokens += len(ids) - len(visible)
-        if output.finish_reason is not None:
-            self.finish_reason = output.finish_reason
-            text += self._flush()
-        return text
-
-    def _push_one_by_one(self, matcher: StopMatcher, ids: Sequence[int]) -> str:
-        """The usage ends at the very token that completed the stop string, so each is looked at alone."""
-        text = ""
-        for token_id in ids:
-            self.tokens += 1
-            new = self._detokenizer.push((token_id,))
-            if self.tokens < self._min_tokens:
-                text += new
-                continue
-            text += matcher.push(new)
-            if matcher.matched is not None:
-                self.finish_reason = "stop"
-                break
-        return text
-
-    def _flush(self) -> str:
-        rest = self._detokenizer.flush()
-        matcher = self._matcher
-        if matcher is None:
-            return rest
-        text = matcher.push(rest)
-        if matcher.matched is not None:
-            self.finish_reason = "stop"
-            return text
-        return text + matcher.flush()
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        self.tokens += piece.tokens
+        self.prompt = self.prompt or piece.prompt
 
 
 class Generation:
     """One request being answered. Use it as a context manager: leaving it cancels whatever is unfinished.
 
-    The choices of the answer are numbered through all prompts: choice c of prompt p is p * n + c.
+    The choices of the answer are numbered through all prompts: choice c of prompt p is p * n + c. ``echoes``, if given,
+    are the prompts to show before their answers; with logprobs they come with theirs. ``grammar_param`` names the
+    request's field that the grammar is made of.
     """
 
     def __init__(
@@ -125,9 +99,15 @@ class Generation:
         stop: Sequence[str] = (),
         timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        echoes: Sequence[Echo] = (),
+        grammar_param: str | None = None,
     ) -> None:
         self._stream = stream
         self._jobs = list(jobs)
+        self._echoes = dict(zip((job.id for job in self._jobs), echoes, strict=False))
+        self._prompts = {job.id: job for job in self._jobs if job.prompt_logprobs is not None}
+        self._grammar_param = grammar_param
         self._clock = clock
         self._deadline = None if timeout_s is None else clock() + timeout_s
         stops = StopStrings(stop)
@@ -135,7 +115,7 @@ class Generation:
         self._choices: list[ChoiceText] = []
         for job in self._jobs:
             self._first_choice[job.id] = len(self._choices)
-            self._choices += [ChoiceText(model.detokenizers.start(), stops, job.min_tokens) for _ in range(job.n)]
+            self._choices += [self._choice_text(model, job, stops) for _ in range(job.n)]
         self._unfinished = len(self._choices)
         self._prompt_tokens = sum(len(job.prompt) for job in self._jobs)
         self._cached_tokens = 0
@@ -173,7 +153,7 @@ class Generation:
         events = self._stream.get(patience_s)
         for event in events:
             if isinstance(event, Failed):
-                raise JobFailed(event)
+                raise self._failed(event)
         self._stream.unget(events)
 
     def pieces(self, tick_s: float | None = None) -> Iterator[list[Piece]]:
@@ -181,6 +161,9 @@ class Generation:
 
         Raises `JobFailed`, `DeadlineExceeded`, or what `abort` was given.
         """
+        shown = [piece for job in self._jobs if not self._scores_echo(job) for piece in self._echo_pieces(job)]
+        if shown:
+            yield shown
         while self._unfinished:
             events = self._stream.get(self._patience(tick_s))
             if not events:
@@ -192,19 +175,19 @@ class Generation:
             if pieces:
                 yield pieces
             if failure is not None:
-                raise JobFailed(failure)
+                raise self._failed(failure)
             if self._deadline is not None and self._unfinished and self._clock() >= self._deadline:
                 raise DeadlineExceeded(self.started)
 
     def answers(self) -> list[Answer]:
         """Return the complete choices. Raises what `pieces` raises."""
-        texts: list[list[str]] = [[] for _ in self._choices]
+        parts = [_Parts() for _ in self._choices]
         for pieces in self.pieces():
             for piece in pieces:
-                texts[piece.choice].append(piece.text)
+                parts[piece.choice].add(piece)
         return [
-            Answer("".join(parts), choice.finish_reason or "stop")
-            for parts, choice in zip(texts, self._choices, strict=True)
+            Answer("".join(own.texts), choice.finish_reason or "stop", own.tokens, own.prompt, choice.mean_logprob)
+            for own, choice in zip(parts, self._choices, strict=True)
         ]
 
     def abort(self, error: BaseException) -> None:
@@ -229,9 +212,47 @@ class Generation:
             elif isinstance(event, Started):
                 self.started = True
                 self._cached_tokens += event.cached_tokens
+            elif isinstance(event, PromptLogprobs):
+                self._take_prompt(event, pieces)
             elif isinstance(event, Failed):
                 return pieces, event
         return pieces, None
+
+    def _failed(self, failure: Failed) -> JobFailed:
+        blames_grammar = failure.kind == "invalid" and failure.message.startswith(_BAD_GRAMMAR)
+        return JobFailed(failure, self._grammar_param if blames_grammar else None)
+
+    # --- what of the prompt is shown
+
+    def _choice_text(self, model: Model, job: GenerateJob, stops: StopStrings) -> ChoiceText:
+        echo = self._echoes.get(job.id)
+        trail = None if job.logprobs is None else TokenTrail(len(echo.text) if echo else 0)
+        return ChoiceText(model.detokenizers.start(job.prompt if echo else ()), stops, job.min_tokens, trail)
+
+    def _scores_echo(self, job: GenerateJob) -> bool:
+        """Whether the prompt is shown with its scores: not before they are known."""
+        return job.logprobs is not None and job.id in self._prompts
+
+    def _echo_pieces(self, job: GenerateJob) -> list[Piece]:
+        echo = self._echoes.get(job.id)
+        first = self._first_choice[job.id]
+        return [Piece(first + choice, echo.text) for choice in range(job.n)] if echo and echo.text else []
+
+    def _take_prompt(self, event: PromptLogprobs, pieces: list[Piece]) -> None:
+        # A job that is replayed tells them again.
+        job = self._prompts.pop(event.id, None)
+        if job is None:
+            return
+        echo = self._echoes.get(job.id)
+        offsets = echo.offsets if echo else [0] * len(job.prompt)
+        scores = [None, *event.logprobs]
+        tokens = [ScoredToken(*each) for each in zip(job.prompt, scores, offsets, strict=True)]
+        shown = echo if job.logprobs is not None else None
+        first = self._first_choice[job.id]
+        pieces += [
+            Piece(first + choice, shown.text if shown else "", None, tokens if shown else (), tokens)
+            for choice in range(job.n)
+        ]
 
     def _take_output(self, output: Output, pieces: list[Piece]) -> None:
         self.started = True
@@ -245,5 +266,5 @@ class Generation:
             self._unfinished -= 1
             if output.finish_reason is None:
                 self._stream.end_choice(output.id, output.choice)
-        if text or choice.finish_reason is not None:
-            pieces.append(Piece(index, text, choice.finish_reason))
+        if text or choice.scored or choice.finish_reason is not None:
+            pieces.append(Piece(index, text, choice.finish_reason, choice.scored))

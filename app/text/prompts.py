@@ -1,6 +1,8 @@
 """From what a client wrote to the tokens that the model reads."""
 
+import codecs
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from app.text.card import Model
@@ -9,6 +11,14 @@ from app.text.offload import off_hub_if_large
 from app.text.template import RESERVED
 
 Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as the answer shows it, and where each of its tokens begins in it, in characters."""
+
+    text: str
+    offsets: list[int]
 
 
 def render_chat(
@@ -68,6 +78,49 @@ def completion_prompt(model: Model, prompt: str | list[int], *, wrap: bool, para
     if not ids:
         raise RequestError("An empty text has no tokens to start from.", param)
     return ids
+
+
+def infill_prompt(model: Model, prompt: str | list[int], suffix: str, *, param: str = "prompt") -> list[int]:
+    """Return the tokens that make the model write what stands between ``prompt`` and ``suffix``.
+
+    Raises `RequestError`, naming ``suffix`` when the model knows no such thing.
+    """
+    marks = model.infill
+    if marks is None:
+        raise RequestError("This model cannot fill in the middle: its tokenizer has no tokens for it.", "suffix")
+    if isinstance(prompt, str):
+        before = model.encode(prompt, add_bos=False, param=param)
+    else:
+        check_token_ids(model, prompt, param)
+        before = prompt
+    ids = marks.prompt(before, model.encode(suffix, add_bos=False, param="suffix"))
+    return [model.bos, *ids] if model.bos is not None else ids
+
+
+def echo_of(model: Model, prompt: str | list[int], ids: list[int]) -> Echo:
+    """Return how the answer repeats ``prompt``, whose tokens are ``ids``: a text as it was written.
+
+    The token that is put before a text has a place among the tokens, but no text.
+    """
+    if isinstance(prompt, list):
+        return Echo(model.decode(ids), off_hub_if_large(len(ids), _offsets, model, ids))
+    lead = 1 if model.bos is not None else 0
+    offsets = off_hub_if_large(len(ids), _offsets, model, ids[lead:])
+    # SentencePiece writes a space before the first word that is not in the text.
+    first = model.token_names(ids[lead])[0] if len(ids) > lead else ""
+    shift = 1 if first.startswith(" ") and not prompt.startswith(" ") else 0
+    return Echo(prompt, [0] * lead + [min(max(offset - shift, 0), len(prompt)) for offset in offsets])
+
+
+def _offsets(model: Model, ids: Sequence[int]) -> list[int]:
+    begin = 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets = []
+    for token_id in ids:
+        offsets.append(begin)
+        raw = model.token_names(token_id)[1]
+        begin += 1 if raw is None else len(decoder.decode(bytes(raw)))
+    return offsets
 
 
 def check_token_ids(model: Model, ids: Sequence[int], param: str) -> None:

@@ -99,14 +99,14 @@ def plan(wishes: Wishes, model: Model, defaults: Defaults) -> Plan:
 
 
 def max_tokens_for(plan: Plan, model: Model, prompt_tokens: int, param: str) -> int:
-    """Return how many tokens may follow a prompt of ``prompt_tokens``.
+    """Return how many tokens may follow a prompt of ``prompt_tokens``; none at all if that was asked for.
 
     Raises `ContextLengthExceeded` when the prompt leaves no room, or less than was asked for; ``param`` is the field
     that holds the prompt.
     """
     limit = model.card.max_model_len
     room = limit - prompt_tokens
-    if room < 1:
+    if room < (0 if plan.asked_max_tokens == 0 else 1):
         raise ContextLengthExceeded(
             f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} tokens.", param
         )
