@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 HAS_GPU := $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi 2>/dev/null)
 TORCH_INDEX := $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
-.PHONY: serve test lint format fidelity clean help
+.PHONY: serve test test-gpu lint format fidelity clean help
 
 help:
 	@echo "make serve [ARGS='--base_model DIR --port 8000']   install what is needed and serve in the foreground"
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict app config workers/messages.py
 	$(BIN)/mypy workers gunicorn.conf.py benchmarks tests
+
+test-gpu: $(VENV)/.dev-installed
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 fidelity: $(VENV)/.dev-installed
 	@$(BIN)/python -m benchmarks.fidelity $(ARGS)
