@@ -8,6 +8,7 @@ timeout; and it ends its last requests in the very second in which the arbiter k
 theirs runs. This one closes idle connections at once, and gives the last requests an end that their clients can see.
 """
 
+import os
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ from gunicorn.workers.ggevent import GeventWorker
 _LAST_REQUEST_S = 1.0
 _LOOK_S = 0.2
 _LONGEST_MARGIN_S = 5.0
+# For the last bytes to leave.
+_LAST_WORDS_S = 0.1
 
 
 class _IdleWait(gevent.Timeout):  # type: ignore[misc]
@@ -71,6 +74,17 @@ class HttpWorker(GeventWorker):  # type: ignore[misc]
         gevent.spawn(self._end_in_order, graceful - 2 * margin)
         super().run()
 
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """INT or QUIT: streams are told, nothing is waited for."""
+        self.alive = False
+        gevent.spawn(self._end_now)
+
+    def _end_now(self) -> None:
+        self._end_streams()
+        gevent.sleep(_LAST_WORDS_S)
+        # Not sys.exit, as gunicorn does: the main greenlet may be on its way out too, and would show a traceback.
+        os._exit(0)
+
     def _end_in_order(self, seconds: float) -> None:
         while self.alive:
             gevent.sleep(_LOOK_S)
@@ -78,6 +92,9 @@ class HttpWorker(GeventWorker):  # type: ignore[misc]
         for wait in list(self._waiting):
             wait.end_now()
         gevent.sleep(max(0.0, seconds - _LAST_REQUEST_S))
+        self._end_streams()
+
+    def _end_streams(self) -> None:
         end_streams = getattr(self.wsgi, "end_streams", None)
         if end_streams is not None:
             end_streams()

@@ -1,11 +1,14 @@
 """Start, reload and stop, as an operator does them."""
 
+import json
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -50,6 +53,23 @@ def test_term_lets_streams_finish_and_leaves_no_process(own_server):
     assert own_server.process.wait(40) == 0
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
+
+
+def test_ctrl_c_ends_everything_at_once_and_in_order(own_server):
+    processes = own_server.processes()
+    body = {"messages": message("Tell me a story."), "max_tokens": 2000, "stream": True, **ENDLESS}
+    with own_server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        last = next(lines)
+        os.killpg(own_server.process.pid, signal.SIGINT)
+        with suppress(httpx.RemoteProtocolError):  # the connection is cut behind the error, on purpose
+            for line in lines:
+                last = line or last
+    assert "error" in json.loads(last.removeprefix("data: "))
+    assert own_server.process.wait(10) == 0
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    assert "Traceback" not in own_server.log
 
 
 def test_the_death_of_the_arbiter_leaves_no_process(own_server):
