@@ -5,6 +5,7 @@ layer. Paging after PagedAttention (Kwon et al. 2023, section 4); prefix reuse b
 """
 
 import hashlib
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -113,10 +114,8 @@ class KVCache:
         self, shapes: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = block_size
-        self.keys = [torch.zeros(blocks, block_size, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
-        self.values = [
-            torch.zeros(blocks, block_size, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes
-        ]
+        self.keys = [_zeros((blocks, block_size, s.kv_heads, s.key_dim), dtype, device) for s in shapes]
+        self.values = [_zeros((blocks, block_size, s.kv_heads, s.value_dim), dtype, device) for s in shapes]
 
     @staticmethod
     def bytes_per_block(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:
@@ -128,3 +127,14 @@ class KVCache:
         target = torch.tensor([c[1] for c in copies], device=self.keys[0].device)
         for storage in (*self.keys, *self.values):
             storage.index_copy_(0, target, storage.index_select(0, source))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros; on the CPU from pages that take no memory until they are written (torch would write them now).
+
+    Zeros and not just any memory: attention multiplies what it masks by nothing, and nothing times NaN is NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,12 +1,16 @@
 """Blocks are neither lost nor given twice, and a cached block is found exactly by what it holds."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.engine.errors import OutOfBlocks
-from workers.engine.kv_cache import BlockPool, chain_hash, salt_hash
+from workers.engine.kv_cache import BlockPool, KVCache, LayerShape, chain_hash, salt_hash
 
 
 def test_blocks_run_out_and_come_back() -> None:
@@ -59,6 +63,18 @@ def test_hashes_tell_tenants_and_histories_apart() -> None:
     ids = np.arange(4, dtype=np.int64)
     assert chain_hash(salt_hash("a"), ids) != chain_hash(salt_hash("b"), ids)
     assert chain_hash(chain_hash(salt_hash("a"), ids), ids) != chain_hash(salt_hash("a"), ids)
+
+
+def test_an_unused_cache_takes_no_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    cache = KVCache([LayerShape(4, 64, 64)] * 8, 2000, 16, torch.bfloat16, torch.device("cpu"))
+    size = 2000 * KVCache.bytes_per_block([LayerShape(4, 64, 64)] * 8, 16, torch.bfloat16)
+    assert size > 200_000_000
+    assert resident() - before < size / 20
+    assert not cache.keys[3][1999].any()
 
 
 @given(st.lists(st.sampled_from(["allocate", "share", "release", "register", "find"]), max_size=80), st.randoms())
