@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from flask import Response, g
 
@@ -12,15 +12,6 @@ from app.api.service import json_answer, service
 from app.text.generation import Answer, Generation
 
 log = logging.getLogger("tailrace.requests")
-
-
-class Frames(Protocol):
-    """The events of one kind of answer."""
-
-    def opening(self, count: int) -> bytes: ...
-    def text(self, index: int) -> Callable[[str], bytes]: ...
-    def finish(self, index: int, reason: str) -> bytes: ...
-    def closing(self, generation: Generation) -> bytes: ...
 
 
 def answer_once(generation: Generation, request_id: str, body: Callable[[list[Answer]], dict[str, Any]]) -> Response:
@@ -41,17 +32,10 @@ def answer_once(generation: Generation, request_id: str, body: Callable[[list[An
     return json_answer(body(answers))
 
 
-def answer_streaming(generation: Generation, frames: Frames, request_id: str) -> Response:
+def answer_streaming(generation: Generation, frames: sse.Frames, request_id: str) -> Response:
     """Return the event stream of ``generation``; from here on the stream owns it."""
     owner = service()
     tick_s = owner.settings.keepalive_comment_s or None
-    parts = sse.events(
-        generation,
-        frames.opening(generation.choices),
-        frames.text,
-        frames.finish,
-        lambda: frames.closing(generation),
-        tick_s,
-    )
+    parts = sse.events(generation, frames, frames.opening(generation.choices), tick_s)
     stream, guard = g.pop("stream"), g.pop("guard")
     return sse.event_stream_response(sse.EventStream(request_id, parts, owner, stream, guard, generation))

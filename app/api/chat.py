@@ -7,6 +7,7 @@ from flask import Blueprint, Response, g
 
 from app.api import sse
 from app.api.answers import answer_once, answer_streaming
+from app.api.logprobs import PromptScores, chat_logprobs
 from app.api.schemas import ChatRequest, Message
 from app.api.service import (
     engine_plan,
@@ -19,7 +20,8 @@ from app.api.service import (
     start_generation,
     usage_body,
 )
-from app.text.generation import Answer, Generation
+from app.text.card import Model
+from app.text.generation import Answer, Generation, Piece
 from app.text.prompts import chat_prompt
 
 blueprint = Blueprint("chat", __name__)
@@ -44,7 +46,7 @@ def create_chat_completion() -> Response:
     generation = start_generation(stream, request_id, body, model, adapter, settled, [prompt], "messages")
     head = {"id": request_id, "object": "chat.completion", "created": now(), "model": name}
     if body.stream:
-        return answer_streaming(generation, ChatFrames(head, body.include_usage), request_id)
+        return answer_streaming(generation, ChatFrames(head, body, model), request_id)
     transcript = (
         [{"role": message.role, "content": message.content} for message in body.messages]
         if wants_transcript(body)
@@ -53,7 +55,11 @@ def create_chat_completion() -> Response:
     return answer_once(
         generation,
         request_id,
-        lambda answers: {**head, "choices": choices(transcript, answers), "usage": usage_body(generation)},
+        lambda answers: {
+            **head,
+            "choices": choices(transcript, answers, body, model),
+            "usage": usage_body(generation),
+        },
     )
 
 
@@ -72,27 +78,36 @@ def wants_transcript(body: ChatRequest) -> bool:
     return service().settings.transcript_choices if asked is None else asked
 
 
-def choices(transcript: list[dict[str, str]], answers: list[Answer]) -> list[dict[str, Any]]:
+def choices(
+    transcript: list[dict[str, str]], answers: list[Answer], body: ChatRequest, model: Model
+) -> list[dict[str, Any]]:
     """The choices of a complete answer: the conversation so far (usually empty), then the replies."""
     said = [{"index": index, "message": message} for index, message in enumerate(transcript)]
-    replies = [
-        {
-            "index": len(said) + index,
+    top = body.top_alternatives
+    prompt_scores = PromptScores(model, body.prompt_logprobs or 0)
+    replies = []
+    for index, answer in enumerate(answers, len(said)):
+        reply: dict[str, Any] = {
+            "index": index,
             "message": {"role": "assistant", "content": answer.text},
-            "logprobs": None,
+            "logprobs": None if top is None else chat_logprobs(model.token_names, answer.tokens, top),
             "finish_reason": answer.finish_reason,
         }
-        for index, answer in enumerate(answers)
-    ]
+        if body.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = prompt_scores(answer.prompt)
+        replies.append(reply)
     return said + replies
 
 
 class ChatFrames:
     """The events of a streamed chat answer."""
 
-    def __init__(self, head: dict[str, Any], include_usage: bool) -> None:
+    def __init__(self, head: dict[str, Any], body: ChatRequest, model: Model) -> None:
         self._head = {**head, "object": "chat.completion.chunk"}
-        self._include_usage = include_usage
+        self._include_usage = body.include_usage
+        self._names = model.token_names
+        self._top = body.top_alternatives or 0
+        self._prompt_scores = PromptScores(model, body.prompt_logprobs or 0)
 
     def opening(self, count: int) -> bytes:
         """The role of each choice."""
@@ -106,6 +121,15 @@ class ChatFrames:
         """New text of choice ``index``."""
         return sse.TextFrame(self._body(index, {"content": sse.TextFrame.SLOT}))
 
+    def scored(self, piece: Piece) -> bytes:
+        """New text with the scores of its tokens."""
+        logprobs = chat_logprobs(self._names, piece.tokens, self._top)
+        return sse.frame(self._body(piece.choice, {"content": piece.text}, logprobs=logprobs))
+
+    def prompt(self, piece: Piece) -> bytes:
+        """The scores of the prompt."""
+        return sse.frame(self._body(piece.choice, {}, prompt_logprobs=self._prompt_scores(piece.prompt)))
+
     def finish(self, index: int, reason: str) -> bytes:
         """The end of choice ``index``."""
         return sse.frame(self._body(index, {}, reason))
@@ -116,7 +140,7 @@ class ChatFrames:
             return b""
         return sse.frame({**self._head, "choices": [], "usage": usage_body(generation)})
 
-    def _body(self, index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _body(self, index: int, delta: dict[str, str], reason: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, **more}
         body = {**self._head, "choices": [choice]}
         return {**body, "usage": None} if self._include_usage else body

@@ -6,6 +6,7 @@ from flask import Blueprint, Response, g
 
 from app.api import sse
 from app.api.answers import answer_once, answer_streaming
+from app.api.logprobs import PromptScores, completion_logprobs
 from app.api.schemas import CompletionRequest
 from app.api.service import (
     engine_plan,
@@ -20,8 +21,8 @@ from app.api.service import (
 )
 from app.text.card import Model
 from app.text.errors import RequestError
-from app.text.generation import Answer, Generation
-from app.text.prompts import completion_prompt
+from app.text.generation import Answer, Generation, Piece
+from app.text.prompts import completion_prompt, echo_of, infill_prompt
 
 blueprint = Blueprint("completions", __name__)
 
@@ -33,24 +34,37 @@ def create_completion() -> Response:
     model, name, adapter = resolve_model(body.model)
     settled = engine_plan(body, model, len(body.prompt))
     stream = guarded_stream()
-    wrap = wraps_prompt(body, model)
-    single = len(body.prompt) == 1
-    prompts = [
-        completion_prompt(model, prompt, wrap=wrap, param="prompt" if single else f"prompt[{place}]")
-        for place, prompt in enumerate(body.prompt)
-    ]
+    prompts = prompt_tokens(body, model)
+    echoes = [echo_of(model, *each) for each in zip(body.prompt, prompts, strict=True)] if body.echo else []
     request_id = new_id("cmpl-")
-    generation = start_generation(stream, request_id, body, model, adapter, settled, prompts, "prompt")
+    generation = start_generation(stream, request_id, body, model, adapter, settled, prompts, "prompt", echoes)
     head = {"id": request_id, "object": "text_completion", "created": now(), "model": name}
     if body.stream:
-        return answer_streaming(generation, CompletionFrames(head, body.include_usage), request_id)
+        return answer_streaming(generation, CompletionFrames(head, body, model), request_id)
     return answer_once(
-        generation, request_id, lambda answers: {**head, "choices": choices(answers), "usage": usage_body(generation)}
+        generation,
+        request_id,
+        lambda answers: {**head, "choices": choices(answers, body, model), "usage": usage_body(generation)},
     )
+
+
+def prompt_tokens(body: CompletionRequest, model: Model) -> list[list[int]]:
+    """Return the tokens of each prompt. Raises `RequestError` that names the bad one."""
+    wrap = wraps_prompt(body, model)
+    ids = []
+    for place, prompt in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
+        if body.suffix:
+            ids.append(infill_prompt(model, prompt, body.suffix, param=param))
+        else:
+            ids.append(completion_prompt(model, prompt, wrap=wrap, param=param))
+    return ids
 
 
 def wraps_prompt(body: CompletionRequest, model: Model) -> bool:
     """Whether texts go into the chat template, as the demo did it. Raises `RequestError` without one."""
+    if body.echo or body.suffix:
+        return False
     asked: str = body.template or "auto"
     if asked == "auto":
         asked = {"auto": "auto", "always": "chat", "never": "raw"}[service().settings.completion_template]
@@ -59,20 +73,46 @@ def wraps_prompt(body: CompletionRequest, model: Model) -> bool:
     return asked == "chat" or (asked == "auto" and model.template is not None)
 
 
-def choices(answers: list[Answer]) -> list[dict[str, Any]]:
+def choices(answers: list[Answer], body: CompletionRequest, model: Model) -> list[dict[str, Any]]:
     """The choices of a complete answer."""
-    return [
-        {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
-        for index, answer in enumerate(answers)
-    ]
+    prompt_scores = PromptScores(model, body.prompt_logprobs or 0)
+    made = []
+    for index, answer in enumerate(best(answers, body)):
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": answer.text,
+            "logprobs": (
+                None if body.logprobs is None else completion_logprobs(model.token_names, answer.tokens, body.logprobs)
+            ),
+            "finish_reason": answer.finish_reason,
+        }
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(answer.prompt)
+        made.append(choice)
+    return made
+
+
+def best(answers: list[Answer], body: CompletionRequest) -> list[Answer]:
+    """Return the n most likely of each prompt's choices by the mean log-probability of a token, the best first."""
+    if not body.picks_best:
+        return answers
+    chosen = []
+    for first in range(0, len(answers), body.drawn):
+        drawn = answers[first : first + body.drawn]
+        chosen += sorted(drawn, key=lambda answer: answer.mean_logprob, reverse=True)[: body.n or 1]
+    return chosen
 
 
 class CompletionFrames:
     """The events of a streamed completion."""
 
-    def __init__(self, head: dict[str, Any], include_usage: bool) -> None:
+    def __init__(self, head: dict[str, Any], body: CompletionRequest, model: Model) -> None:
         self._head = head
-        self._include_usage = include_usage
+        self._include_usage = body.include_usage
+        self._names = model.token_names
+        self._top = body.logprobs or 0
+        # None: the engine may tell them, but the client did not ask.
+        self._prompt_scores = None if body.prompt_logprobs is None else PromptScores(model, body.prompt_logprobs)
 
     def opening(self, count: int) -> bytes:
         """Nothing but the headers, which a comment brings on their way; warnings come as a chunk without choices."""
@@ -82,6 +122,17 @@ class CompletionFrames:
     def text(self, index: int) -> sse.TextFrame:
         """New text of choice ``index``."""
         return sse.TextFrame(self._body(index, sse.TextFrame.SLOT))
+
+    def scored(self, piece: Piece) -> bytes:
+        """New text with the scores of its tokens."""
+        logprobs = completion_logprobs(self._names, piece.tokens, self._top)
+        return sse.frame(self._body(piece.choice, piece.text, logprobs=logprobs))
+
+    def prompt(self, piece: Piece) -> bytes:
+        """The scores of the prompt."""
+        if self._prompt_scores is None:
+            return b""
+        return sse.frame(self._body(piece.choice, "", prompt_logprobs=self._prompt_scores(piece.prompt)))
 
     def finish(self, index: int, reason: str) -> bytes:
         """The end of choice ``index``."""
@@ -93,7 +144,7 @@ class CompletionFrames:
             return b""
         return sse.frame({**self._head, "choices": [], "usage": usage_body(generation)})
 
-    def _body(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _body(self, index: int, text: str, reason: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason, **more}
         body = {**self._head, "choices": [choice]}
         return {**body, "usage": None} if self._include_usage else body

@@ -26,7 +26,9 @@ ROWS_AT_ONCE = 8
 def create_embeddings() -> Response:
     """Turn texts into vectors: the mean of the model's last hidden states, normalised."""
     body = parse(EmbeddingRequest)
-    model, name, _ = resolve_model(body.model)
+    model, name, adapter = resolve_model(body.model)
+    if adapter:
+        raise invalid("Embeddings are those of the base model; an adapter makes none.", "model")
     if body.dimensions is not None and body.dimensions > model.card.hidden_size:
         raise invalid(f"This model's embeddings have {model.card.hidden_size} dimensions.", "dimensions")
     stream = guarded_stream()

@@ -3,113 +3,36 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from app.api.errors import ApiError, invalid
 from app.api.fields import check_extra_fields
+from app.api.guided import Guided
+from app.api.values import (
+    ApiRequest,
+    Prompt,
+    content_text,
+    message_list,
+    prompts,
+    stop_strings,
+    token_biases,
+    token_ids,
+)
 from app.text.sampling import Wishes
 
 MAX_MESSAGES = 4096
 MAX_SEQUENCES = 128
-MAX_STOPS = 4
-MAX_STOP_BYTES = 1024
-MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_EMBEDDING_INPUTS = 2048
+MAX_TOP_LOGPROBS = 20
 _INT64 = 2**63
-
-Prompt = str | list[int]
-
-
-def _stop(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return []
-    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
-        raise invalid("stop must be a string or a list of strings.", "stop")
-    if len(stops) > MAX_STOPS:
-        raise invalid(f"stop can have at most {MAX_STOPS} strings.", "stop")
-    if any(not 1 <= len(each.encode()) <= MAX_STOP_BYTES for each in stops):
-        raise invalid(f"A stop string must have 1 to {MAX_STOP_BYTES} bytes.", "stop")
-    return stops
-
-
-def _logit_bias(value: Any) -> Any:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise invalid("logit_bias must be an object of token ids and numbers.", "logit_bias")
-    if len(value) > MAX_BIASES:
-        raise invalid(f"logit_bias can have at most {MAX_BIASES} entries.", "logit_bias")
-    biases = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise invalid("A key of logit_bias must be a token id.", "logit_bias")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise invalid("A value of logit_bias must be a number from -100 to 100.", "logit_bias")
-        biases[int(key)] = float(bias)
-    return biases
-
-
-def _prompts(param: str, most: int) -> BeforeValidator:
-    """Normalise the four shapes (text, texts, token ids, lists of token ids) to a list of texts or token-id lists."""
-
-    def normalise(value: Any) -> list[Prompt]:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list):
-            raise invalid(f"{param} must be a string, a list of strings, token ids, or lists of token ids.", param)
-        if not value:
-            raise invalid(f"{param} must not be empty.", param)
-        kinds = set(map(type, value))
-        if kinds == {int}:
-            return [value]
-        if kinds == {list}:
-            for place, ids in enumerate(value):
-                if not ids or set(map(type, ids)) != {int}:
-                    raise invalid(f"{param}[{place}] must be a list of token ids.", f"{param}[{place}]")
-        elif kinds != {str}:
-            raise invalid(f"{param} must hold only strings, only token ids, or only lists of token ids.", param)
-        if len(value) > most:
-            raise invalid(f"{param} can have at most {most} items.", param)
-        return value
-
-    return BeforeValidator(normalise)
-
-
-def _content(value: Any) -> Any:
-    """Text as it is, null as "", text parts joined by line breaks."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise ValueError("must be a string, null or a list of text parts")
-    texts = []
-    for place, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(f"part {place} is not of type text, and this server reads only text")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {place} has no text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _messages(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    return value
-
-
-class ApiRequest(BaseModel):
-    """Base of all: JSON's types, unknown fields kept for `check_extra_fields`."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class Message(ApiRequest):
     """One turn of a conversation; ``content`` is its text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(content_text)]
     name: str | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -125,7 +48,7 @@ class StreamOptions(ApiRequest):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(ApiRequest):
+class GenerationRequest(Guided):
     """What chat and plain completions have in common."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
@@ -139,11 +62,11 @@ class GenerationRequest(ApiRequest):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(token_biases)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop)] = []
+    stop: Annotated[list[str], BeforeValidator(stop_strings)] = Field(default_factory=list)
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     do_sample: bool | None = None
@@ -153,6 +76,7 @@ class GenerationRequest(ApiRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -164,12 +88,27 @@ class GenerationRequest(ApiRequest):
         """The length that the client asked for."""
         return self.max_tokens
 
+    @property
+    def top_alternatives(self) -> int | None:
+        """How many alternatives to show with each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def drawn(self) -> int:
+        """How many choices are generated, of which the best ``n`` are the answer."""
+        return self.n or 1
+
+    @property
+    def picks_best(self) -> bool:
+        """Whether not all that is generated is the answer."""
+        return self.drawn > (self.n or 1)
+
     def wishes(self) -> Wishes:
         """The sampling fields for `app.text.sampling.plan`."""
         return Wishes(
             max_tokens=self.asked_max_tokens,
             min_tokens=self.min_tokens,
-            n=self.n,
+            n=self.drawn,
             temperature=self.temperature,
             top_p=self.top_p,
             # Some servers say "no limit" with -1.
@@ -193,31 +132,50 @@ class GenerationRequest(ApiRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], BeforeValidator(_messages), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], BeforeValidator(message_list), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     transcript_choices: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
     def asked_max_tokens(self) -> int | None:
         """``max_completion_tokens`` is the newer name."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def top_alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    prompt: Annotated[list[Prompt], _prompts("prompt", MAX_SEQUENCES)]
+    prompt: Annotated[list[Prompt], prompts("prompt", MAX_SEQUENCES)]
+    # None at all, when only the prompt is of interest.
+    max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     template: Literal["auto", "raw", "chat"] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+    @property
+    def top_alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def drawn(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
 
 
 class EmbeddingRequest(ApiRequest):
     """POST /v1/embeddings"""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    input: Annotated[list[Prompt], _prompts("input", MAX_EMBEDDING_INPUTS)]
+    input: Annotated[list[Prompt], prompts("input", MAX_EMBEDDING_INPUTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
@@ -229,7 +187,7 @@ class TokenizeRequest(ApiRequest):
     model: Annotated[str, Field(max_length=1024)] | None = None
     prompt: str | None = None
     messages: (
-        Annotated[list[Message], BeforeValidator(_messages), Field(min_length=1, max_length=MAX_MESSAGES)] | None
+        Annotated[list[Message], BeforeValidator(message_list), Field(min_length=1, max_length=MAX_MESSAGES)] | None
     ) = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -237,17 +195,11 @@ class TokenizeRequest(ApiRequest):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def _token_ids(value: Any) -> Any:
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        raise invalid("tokens must be a list of token ids.", "tokens")
-    return value
-
-
 class DetokenizeRequest(ApiRequest):
     """POST /detokenize"""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: Annotated[Any, AfterValidator(_token_ids)]
+    tokens: Annotated[Any, AfterValidator(token_ids)]
 
 
 R = TypeVar("R", bound=ApiRequest)
@@ -270,6 +222,8 @@ def validate(schema: type[R], fields: Mapping[str, Any], strict: bool) -> tuple[
         _check_combinations(request)
         if request.stream_options is not None:
             unknown += check_extra_fields(request.stream_options.model_extra or {}, "stream_options.")
+        if request.response_format is not None:
+            unknown += request.response_format.unknown_fields()
     if unknown and strict:
         raise invalid(f"Unknown field: {unknown[0]}.", unknown[0])
     return request, unknown
@@ -289,12 +243,32 @@ def check_message_fields(message: Message, prefix: str) -> list[str]:
 def _check_combinations(request: GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options is only allowed with stream: true.", "stream_options")
-    if request.best_of is not None:
-        n = request.n or 1
-        if request.best_of < n:
-            raise invalid("best_of must not be less than n.", "best_of")
-        if request.best_of > n:
-            raise invalid("This server does not support best_of greater than n.", "best_of")
+    request.grammar()
+    n = request.n or 1
+    if request.best_of is not None and request.best_of < n:
+        raise invalid("best_of must not be less than n.", "best_of")
+    if isinstance(request, ChatRequest):
+        if request.best_of is not None and request.best_of > n:
+            raise invalid("best_of greater than n is only for /v1/completions.", "best_of")
+        if request.top_logprobs and not request.logprobs:
+            raise invalid("top_logprobs is only allowed with logprobs: true.", "top_logprobs")
+    if isinstance(request, CompletionRequest):
+        _check_completion(request)
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    if request.picks_best and request.stream:
+        raise invalid("best_of greater than n cannot be streamed.", "best_of")
+    if request.picks_best and (request.num_beams or 1) > 1:
+        raise invalid(
+            "best_of greater than n is not combined with beam search, which finds the n best itself.", "best_of"
+        )
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise invalid("max_tokens: 0 is only allowed with echo or prompt_logprobs.", "max_tokens")
+    if request.echo and request.suffix:
+        raise invalid("echo and suffix cannot be combined.", "suffix")
+    if request.template == "chat" and (request.echo or request.suffix):
+        raise invalid('echo and suffix are for raw prompts, not for template: "chat".', "template")
 
 
 def _as_api_error(error: ValidationError) -> ApiError:

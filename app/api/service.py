@@ -14,12 +14,14 @@ from flask import Response, current_app, g, request
 from app.api.disconnect import ClientGuard
 from app.api.errors import UNAVAILABLE, ApiError, invalid
 from app.api.json_gate import parse_object, read_body
-from app.api.schemas import MAX_SEQUENCES, ApiRequest, GenerationRequest, validate
+from app.api.schemas import MAX_SEQUENCES, GenerationRequest, validate
+from app.api.values import ApiRequest
 from app.pool_client import PoolClient, Stream
 from app.text.card import Model, ModelHolder
 from app.text.errors import ClientGone, RequestError, ShuttingDown
 from app.text.generation import Generation
 from app.text.offload import off_hub_if_large
+from app.text.prompts import Echo
 from app.text.sampling import Plan, max_tokens_for, plan
 from config.settings import Settings
 from workers.messages import GenerateJob, PoolStatus
@@ -31,8 +33,9 @@ R = TypeVar("R", bound=ApiRequest)
 # How long a request waits for a connection to the pool, and for the model card, right after this process started.
 POOL_PATIENCE_S = 1.0
 CARD_PATIENCE_S = 5.0
-# The pool refuses at once or not at all.
+# The pool refuses at once or not at all; a grammar is looked at by a model worker.
 REFUSAL_PATIENCE_S = 0.05
+GRAMMAR_PATIENCE_S = 2.0
 _MAX_WARNING_HEADER = 1024
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
@@ -184,8 +187,11 @@ def start_generation(
     settled: Plan,
     prompts: Sequence[list[int]],
     param: str,
+    echoes: Sequence[Echo] = (),
 ) -> Generation:
     """Hand the request's jobs to the pool. Raises whatever keeps it from being admitted."""
+    logprobs, prompt_logprobs = wanted_scores(body, bool(echoes))
+    grammar, grammar_param = body.grammar() or (None, None)
     jobs = []
     for place, prompt in enumerate(prompts):
         if not prompt:
@@ -200,15 +206,42 @@ def start_generation(
                 stop_token_ids=settled.stop_token_ids,
                 sampling=settled.sampling,
                 beams=settled.beams,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
                 adapter=adapter,
+                salt=tenant_salt(),
             )
         )
-    generation = Generation(stream, model, jobs, body.stop, time_limit(body.timeout))
-    generation.submit(REFUSAL_PATIENCE_S)
+    generation = Generation(
+        stream, model, jobs, body.stop, time_limit(body.timeout), echoes=echoes, grammar_param=grammar_param
+    )
+    generation.submit(REFUSAL_PATIENCE_S if grammar is None else GRAMMAR_PATIENCE_S)
     log.info(
         "accepted id=%s prompt_tokens=%d choices=%d", request_id, generation.usage.prompt_tokens, generation.choices
     )
     return generation
+
+
+def wanted_scores(body: GenerationRequest, echo: bool) -> tuple[int | None, int | None]:
+    """Return the engine's ``logprobs`` and ``prompt_logprobs``: what the client asks for and what we need ourselves."""
+    logprobs, prompt_logprobs = body.top_alternatives, body.prompt_logprobs
+    if echo and logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs or 0, logprobs)
+    if body.asked_max_tokens == 0 and prompt_logprobs is None:
+        # An engine without anything to generate must have something to do.
+        prompt_logprobs = 0
+    if body.picks_best and logprobs is None:
+        logprobs = 0
+    return logprobs, prompt_logprobs
+
+
+def tenant_salt() -> str:
+    """Return what keeps this request's prompt apart from those of other tenants in the prefix cache.
+
+    The one place where it is set. There are no API keys yet, so all requests are one tenant's.
+    """
+    return ""
 
 
 def usage_body(generation: Generation) -> dict[str, Any]:

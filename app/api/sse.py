@@ -7,7 +7,7 @@ text is put together from parts that were encoded once for the stream, since its
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from flask import Response
@@ -17,7 +17,7 @@ from app.api.errors import as_api_error
 from app.api.service import Service
 from app.pool_client import Stream
 from app.text.errors import ClientGone, JobFailed, ReaderTooSlow
-from app.text.generation import Generation
+from app.text.generation import Generation, Piece
 
 log = logging.getLogger("tailrace.requests")
 errors = logging.getLogger("tailrace.app")
@@ -46,30 +46,38 @@ class TextFrame:
         return self._head + orjson.dumps(text) + self._tail
 
 
-def events(
-    generation: Generation,
-    opening: bytes,
-    text_frame: Callable[[int], Callable[[str], bytes]],
-    finish_frame: Callable[[int, str], bytes],
-    closing: Callable[[], bytes],
-    tick_s: float | None,
-) -> Iterator[bytes]:
+class Frames(Protocol):
+    """The events of one kind of answer."""
+
+    def opening(self, count: int) -> bytes: ...
+    def text(self, index: int) -> Callable[[str], bytes]: ...
+    def scored(self, piece: Piece) -> bytes: ...
+    def prompt(self, piece: Piece) -> bytes: ...
+    def finish(self, index: int, reason: str) -> bytes: ...
+    def closing(self, generation: Generation) -> bytes: ...
+
+
+def events(generation: Generation, frames: Frames, opening: bytes, tick_s: float | None) -> Iterator[bytes]:
     """Yield the whole stream of one generation, each time all that has become known."""
     if opening:
         yield opening
-    frames = [text_frame(choice) for choice in range(generation.choices)]
+    text_frames = [frames.text(choice) for choice in range(generation.choices)]
     for pieces in generation.pieces(tick_s):
         if not pieces:
             yield KEEP_ALIVE
             continue
         parts = []
         for piece in pieces:
-            if piece.text:
-                parts.append(frames[piece.choice](piece.text))
+            if piece.prompt:
+                parts.append(frames.prompt(piece))
+            if piece.tokens:
+                parts.append(frames.scored(piece))
+            elif piece.text:
+                parts.append(text_frames[piece.choice](piece.text))
             if piece.finish_reason is not None:
-                parts.append(finish_frame(piece.choice, piece.finish_reason))
+                parts.append(frames.finish(piece.choice, piece.finish_reason))
         if generation.finished:
-            parts += [closing(), DONE]
+            parts += [frames.closing(generation), DONE]
         yield b"".join(parts)
 
 

@@ -111,17 +111,29 @@ def test_only_a_number_in_range_is_a_number(client: FlaskClient, field: str, val
         ("best_of", 2),
         ("stream_options", {"include_usage": True}),
         ("min_tokens", 513),
-        ("logprobs", True),
         ("logprobs", 0),
         ("top_logprobs", 3),
-        ("prompt_logprobs", 1),
+        ("top_logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
         ("echo", True),
         ("suffix", "x"),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 270_000}}}),
+        ("guided_json", "{"),
+        ("guided_json", "[]"),
+        ("guided_json", 7),
+        ("guided_choice", []),
+        ("guided_choice", [1]),
+        ("guided_regex", ""),
+        ("guided_regex", "x" * 270_000),
+        ("guided_grammar", 7),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("guided_regex", "a+"),
         ("priority", 1),
         ("modalities", ["text", "audio"]),
         ("audio", {}),
@@ -134,7 +146,10 @@ def test_only_a_number_in_range_is_a_number(client: FlaskClient, field: str, val
 def test_a_value_that_cannot_be_honoured_is_named(
     client: FlaskClient, pool: ScriptedPool, field: str, value: Any
 ) -> None:
-    assert check_error(client.post(CHAT, json={**HELLO, field: value}))["param"] in (field, f"{field}[0]")
+    assert check_error(client.post(CHAT, json={**HELLO, field: value}))["param"].partition(".")[0] in (
+        field,
+        f"{field}[0]",
+    )
     assert pool.jobs == []
 
 
@@ -212,6 +227,18 @@ def test_an_empty_prompt_without_any_token_is_refused(client: FlaskClient) -> No
         ({"prompt": ["a"] * 100, "n": 2}, "n"),
         ({"prompt": ["a"] * 100, "num_beams": 2}, "n"),
         ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 3, "num_beams": 3}, "best_of"),
+        ({"prompt": ["a"] * 50, "best_of": 3}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"echo": True, "suffix": "x"}, "suffix"),
+        ({"echo": True, "template": "chat"}, "template"),
+        ({"suffix": "x"}, "suffix"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
     ],
 )
 def test_values_that_contradict_each_other_are_named(client: FlaskClient, body: dict[str, Any], param: str) -> None:
