@@ -82,6 +82,7 @@ class Settings(BaseSettings):
         "Model",
         "LoRA adapter: DIR is merged into the weights, NAME=DIR is used by requests for the model NAME; repeatable",
         metavar="[NAME=]DIR",
+        shown="none",
     )
     tokenizer_path: str | None = _setting(
         None, "Model", "directory of the tokenizer", metavar="DIR", shown="the LoRA's own, else the base model's"

@@ -75,6 +75,7 @@ def test_help_shows_every_flag_in_its_group_with_unit_and_default():
         assert f"--{name} " in text
     assert "(tokens; default: 128)" in text
     assert "(default: 19327)" in text
+    assert "Undefined" not in text
 
 
 def test_version_is_printed():
