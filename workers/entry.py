@@ -196,6 +196,9 @@ def _choose_devices(config: WorkerConfig) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # How long an idle thread of torch spins before it sleeps. libgomp's default is to spin on: fine while every thread
+    # has a core of its own, but a step then takes up to ten times as long when the HTTP side or a client needs one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if config.cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
     # systemd's messages are the arbiter's to send.
