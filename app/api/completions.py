@@ -1,5 +1,6 @@
 """POST /v1/completions"""
 
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, g
@@ -33,6 +34,8 @@ def create_completion() -> Response:
     body = parse(CompletionRequest)
     model, name, adapter = resolve_model(body.model)
     settled = engine_plan(body, model, len(body.prompt))
+    if body.suffix and model.infill is not None and not body.ignore_eos:
+        settled = replace(settled, stop_token_ids=sorted({*settled.stop_token_ids, *model.infill.ends}))
     stream = guarded_stream()
     prompts = prompt_tokens(body, model)
     echoes = [echo_of(model, *each) for each in zip(body.prompt, prompts, strict=True)] if body.echo else []

@@ -26,8 +26,10 @@ from workers.messages import (
     Job,
     Output,
     PoolStatus,
+    PromptLogprobs,
     Started,
     StatusQuery,
+    TokenLogprobs,
     WorkerStatus,
 )
 from workers.wire import Decoder, encode
@@ -55,6 +57,53 @@ def tokens(ids: Sequence[int], stop: int | None = None, reason: str | None = Non
             else:
                 end = Output(id=job.id, choice=choice, finish_reason=reason or "length")  # type: ignore[arg-type]
             events.append(end)
+        return events
+
+    return reply
+
+
+def score(place: int, top: int, lead: int = 0) -> TokenLogprobs:
+    """Scores that tell where they belong: the token at ``place`` has -place - 1, alternatives -0.1, -0.2, ..."""
+    return TokenLogprobs(-(place + 1.0), [(lead + each, -(each + 1) / 10) for each in range(top)])
+
+
+def scored(
+    ids: Sequence[int], stop: int | None = None, reason: str | None = None, per_event: int = 1, lead: int = 0
+) -> Reply:
+    """Answer as the engine does a job that asks for log-probabilities (of the prompt, of the output, or none).
+
+    ``per_event`` tokens come at a time. The alternatives are the token ids from ``lead`` on.
+    """
+
+    def reply(job: Job) -> list[Event]:
+        assert isinstance(job, GenerateJob)
+        events: list[Event] = [Started(id=job.id, cached_tokens=3)]
+        if job.prompt_logprobs is not None:
+            known = [score(place, job.prompt_logprobs, lead) for place in range(1, len(job.prompt))]
+            events.append(PromptLogprobs(id=job.id, logprobs=known))
+        if job.max_tokens == 0:
+            return [*events, *(Output(id=job.id, choice=choice, finish_reason="length") for choice in range(job.n))]
+        whole = [*ids, *([] if stop is None else [stop])]
+        for first in range(0, len(whole), per_event):
+            part = whole[first : first + per_event]
+            top = job.logprobs
+            given = [] if top is None else [score(first + place, top, lead) for place in range(len(part))]
+            last = first + per_event >= len(whole)
+            ending: Any = (
+                ("stop" if stop is not None else reason or "length") if last else None,
+                stop if last else None,
+            )
+            events += [
+                Output(
+                    id=job.id,
+                    choice=choice,
+                    ids=part,
+                    logprobs=given,
+                    finish_reason=ending[0],
+                    stop_token_id=ending[1],
+                )
+                for choice in range(job.n)
+            ]
         return events
 
     return reply
