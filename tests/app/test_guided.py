@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ def test_the_grammar_reaches_the_engine(
     assert isinstance(grammar, Grammar)
     assert grammar.kind == kind
     assert (json.loads(grammar.source) if kind == "json_schema" else grammar.source) == source
-    made = {
+    read: dict[str, Callable[[str], str]] = {
         "json_schema": LLMatcher.grammar_from_json_schema,
         "regex": LLMatcher.grammar_from_regex,
         "lark": LLMatcher.grammar_from_lark,
-    }[kind](grammar.source)
+    }
+    made = read[grammar.kind](grammar.source)
     assert LLMatcher.validate_grammar(made) == ""
 
 

@@ -8,7 +8,7 @@ from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.app.scripted_pool import ScriptedPool, tokens
+from tests.app.scripted_pool import ScriptedPool, scored, tokens
 from tests.app.tiny import IM_END
 
 CHAT = "/v1/chat/completions"
@@ -322,6 +322,7 @@ JSON_VALUES = st.recursive(
     max_leaves=5,
 )
 FIELDS = [*INTEGERS, *NUMBERS, "messages", "model", "stop", "logit_bias", "stream", "stream_options", "tools", "x"]
+FIELDS += ["logprobs", "top_logprobs", "prompt_logprobs", "response_format", "guided_json", "guided_choice", "best_of"]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -329,7 +330,7 @@ FIELDS = [*INTEGERS, *NUMBERS, "messages", "model", "stop", "logit_bias", "strea
 def test_no_request_whatever_is_a_fault_of_ours(
     client: FlaskClient, pool: ScriptedPool, fields: dict[str, Any], with_messages: bool
 ) -> None:
-    pool.reply = tokens([], stop=IM_END)
+    pool.reply = scored([], stop=IM_END)
     body = {**HELLO, **fields} if with_messages else fields
     response = client.post(CHAT, data=json.dumps(body), content_type="application/json")
     if response.status_code != 200:
