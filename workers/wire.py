@@ -37,7 +37,7 @@ class Decoder(Generic[T]):
     """
 
     def __init__(self, message_type: type[T] | object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[T]:

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    modeling_gguf_pytorch_utils,
+)
 
 from workers.config import WorkerConfig
 from workers.engine.errors import LoadError
@@ -249,7 +255,11 @@ def _weights_progress(progress: Progress, start: float, end: float, stage: str) 
                 progress(start + (end - start) * min(1.0, self._done / self._total), stage)
 
     previous = transformers.utils.logging.set_tqdm_hook(lambda _factory, args, kwargs: Bar(args, kwargs))
+    # The GGUF reader asks tqdm itself, past the hook.
+    gguf_bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda *args, **kwargs: Bar(args, kwargs)
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = gguf_bar
         transformers.utils.logging.set_tqdm_hook(previous)

@@ -43,7 +43,7 @@ Inbox = queue.SimpleQueue[Order | Compiled | None]
 
 def run(config: WorkerConfig, inbox: Inbox, emit: Emit) -> None:
     """Load the model and serve orders from ``inbox`` until None arrives; ``emit`` must not block."""
-    torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
     try:
         loaded = load(config, lambda progress, stage: emit([Loading(progress=progress, stage=stage)]))
         emit([Loading(progress=0.9, stage="checking the model")])
