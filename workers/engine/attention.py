@@ -49,6 +49,15 @@ class AttentionBatch:
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How one layer scores: factor of the dot products, tokens back that it looks (None: all), cap of the scores."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 class AttentionBackend(Protocol):
     """What a back end must offer: attention of one layer for the whole flat batch."""
 
@@ -58,9 +67,7 @@ class AttentionBackend(Protocol):
         query: torch.Tensor,
         cache: KVCache,
         batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         """``query`` ``[tokens, heads, head_dim]`` -> ``[tokens, heads, value_dim]``."""
         ...
@@ -93,15 +100,17 @@ def grouped_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
+    scoring: Scoring,
     *,
     causal: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention, ``[batch, heads, queries, dim]`` with as many key heads as query heads."""
+    softcap = scoring.softcap
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling)
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scoring.scaling
+        )
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scoring.scaling
     scores = torch.tanh(scores / softcap) * softcap
     if causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -119,17 +128,15 @@ class SdpaBackend:
         query: torch.Tensor,
         cache: KVCache,
         batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
         for index, group in enumerate(batch.decodes):
-            out[group.rows] = self._decode(index, query, keys, values, batch, scaling, window, softcap)
+            out[group.rows] = self._decode(index, query, keys, values, batch, scoring)
         for index, chunk in enumerate(batch.prefills):
             out[chunk.start : chunk.end] = self._prefill(
-                len(batch.decodes) + index, chunk, query, keys, values, batch, scaling, window, softcap
+                len(batch.decodes) + index, chunk, query, keys, values, batch, scoring
             )
         return out
 
@@ -140,9 +147,7 @@ class SdpaBackend:
         keys: torch.Tensor,
         values: torch.Tensor,
         batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         group = batch.decodes[index]
         count, blocks = group.blocks.shape
@@ -151,13 +156,13 @@ class SdpaBackend:
         flat = group.blocks.reshape(-1)
         key = keys.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
         value = values.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
-        mask = batch.masks.get((index, window))
+        mask = batch.masks.get((index, scoring.window))
         if mask is None:
-            mask = batch.masks[index, window] = decode_mask(group, tokens, window)
+            mask = batch.masks[index, scoring.window] = decode_mask(group, tokens, scoring.window)
         # One query token per sequence: the query heads that share a key head can stand in line as if they were several
         # query tokens, so no key is copied for them.
         grouped = query[group.rows].view(count, kv_heads, -1, query.shape[-1])
-        out = grouped_attention(grouped, key, value, mask.expand(-1, -1, grouped.shape[2], -1), scaling, softcap)
+        out = grouped_attention(grouped, key, value, mask.expand(-1, -1, grouped.shape[2], -1), scoring)
         return out.reshape(count, query.shape[1], -1)
 
     @staticmethod
@@ -168,9 +173,7 @@ class SdpaBackend:
         keys: torch.Tensor,
         values: torch.Tensor,
         batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         total = chunk.context + chunk.end - chunk.start
         repeats = query.shape[1] // keys.shape[2]
@@ -179,14 +182,14 @@ class SdpaBackend:
             rows = storage.index_select(0, chunk.blocks).flatten(0, 1)[:total].transpose(0, 1)
             return rows.repeat_interleave(repeats, dim=0).unsqueeze(0)
 
-        causal = chunk.context == 0 and (window is None or window >= total)
+        causal = chunk.context == 0 and (scoring.window is None or scoring.window >= total)
         mask = None
         if not causal:
-            mask = batch.masks.get((index, window))
+            mask = batch.masks.get((index, scoring.window))
             if mask is None:
-                mask = batch.masks[index, window] = prefill_mask(chunk, window)
+                mask = batch.masks[index, scoring.window] = prefill_mask(chunk, scoring.window)
         part = query[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
-        out = grouped_attention(part, gather(keys), gather(values), mask, scaling, softcap, causal=causal)
+        out = grouped_attention(part, gather(keys), gather(values), mask, scoring, causal=causal)
         return out.squeeze(0).transpose(0, 1)
 
 
@@ -209,15 +212,13 @@ class FlashBackend:
         query: torch.Tensor,
         cache: KVCache,
         batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         device = query.device
-        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "softcap": softcap or 0.0}
-        if window is not None:
-            options["window_size"] = (window - 1, 0)
+        options: dict[str, Any] = {"softmax_scale": scoring.scaling, "causal": True, "softcap": scoring.softcap or 0.0}
+        if scoring.window is not None:
+            options["window_size"] = (scoring.window - 1, 0)
         out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
         parts = [(g.rows, g.blocks, g.lengths, 1) for g in batch.decodes]
         for c in batch.prefills:
@@ -279,17 +280,17 @@ class BlockAttention:
         if s_aux is not None:
             raise UnsupportedAttention("attention sinks")
         layer: int = module.layer_idx  # type: ignore[assignment]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
         if self.probe is not None:
             self.probe[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-            return self._plain(query, key, value, scaling, sliding_window, softcap), None
+            return self._plain(query, key, value, scoring), None
         assert self.cache is not None, "forward pass before the cache exists"
         assert self.batch is not None, "forward pass without a batch"
         batch = self.batch
         for storage, new in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
             storage.flatten(0, 1).index_copy_(0, batch.slots, new[0].transpose(0, 1).to(storage.dtype))
         rows = query[0].transpose(0, 1)
-        out = self.backend.attend(layer, rows, self.cache, batch, scaling, sliding_window, softcap)
+        out = self.backend.attend(layer, rows, self.cache, batch, scoring)
         return out.unsqueeze(0), None
 
     @staticmethod
@@ -297,11 +298,9 @@ class BlockAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         tokens, repeats = query.shape[2], query.shape[1] // key.shape[1]
-        mask = prefill_mask(PrefillChunk(0, tokens, 0, torch.zeros(1, device=query.device)), window)
+        mask = prefill_mask(PrefillChunk(0, tokens, 0, torch.zeros(1, device=query.device)), scoring.window)
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        return grouped_attention(query, key, value, mask, scaling, softcap).transpose(1, 2)
+        return grouped_attention(query, key, value, mask, scoring).transpose(1, 2)
