@@ -61,8 +61,3 @@ class Decoder(Generic[T]):
                     raise WireError(f"invalid message: {error}") from error
         finally:
             del buffer[:start]
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of an unfinished frame; more than zero at the stream's end means that it was cut inside a message."""
-        return len(self._buffer)

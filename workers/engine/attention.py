@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from workers.engine.errors import UnsupportedAttention
 from workers.engine.kv_cache import KVCache, LayerShape
 
+Masks = dict[int | None, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class DecodeGroup:
@@ -27,6 +29,19 @@ class DecodeGroup:
     rows: torch.Tensor
     blocks: torch.Tensor
     lengths: torch.Tensor
+    _masks: Masks = field(default_factory=dict)
+
+    def mask(self, tokens: int, window: int | None) -> torch.Tensor:
+        """True where a sequence may look: ``[n, 1, 1, tokens]``; made once for all layers of a window."""
+        mask = self._masks.get(window)
+        if mask is None:
+            positions = torch.arange(tokens, device=self.lengths.device)
+            lengths = self.lengths[:, None]
+            mask = positions < lengths
+            if window is not None:
+                mask &= positions > lengths - 1 - window
+            mask = self._masks[window] = mask[:, None, None, :]
+        return mask
 
 
 @dataclass(frozen=True)
@@ -37,16 +52,33 @@ class PrefillChunk:
     end: int
     context: int
     blocks: torch.Tensor
+    _masks: Masks = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Tokens in the cache once this slice is computed."""
+        return self.context + self.end - self.start
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """True where a token of the slice may look: ``[slice, total]``; made once for all layers of a window."""
+        mask = self._masks.get(window)
+        if mask is None:
+            keys = torch.arange(self.total, device=self.blocks.device)
+            queries = keys[self.context :, None]
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            self._masks[window] = mask
+        return mask
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionBatch:
     """Borders of the sequences in one flat batch. ``slots`` ``[tokens]``: where each token's key and value go."""
 
     slots: torch.Tensor
     decodes: list[DecodeGroup]
     prefills: list[PrefillChunk]
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,28 +103,6 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """``query`` ``[tokens, heads, head_dim]`` -> ``[tokens, heads, value_dim]``."""
         ...
-
-
-def decode_mask(group: DecodeGroup, tokens: int, window: int | None) -> torch.Tensor:
-    """True where a decoding sequence may look: ``[n, 1, 1, tokens]``."""
-    positions = torch.arange(tokens, device=group.lengths.device)
-    lengths = group.lengths[:, None]
-    mask = positions < lengths
-    if window is not None:
-        mask &= positions > lengths - 1 - window
-    return mask[:, None, None, :]
-
-
-def prefill_mask(chunk: PrefillChunk, window: int | None) -> torch.Tensor:
-    """True where a token of the chunk may look: ``[chunk, context + chunk]``."""
-    total = chunk.context + chunk.end - chunk.start
-    device = chunk.blocks.device
-    keys = torch.arange(total, device=device)
-    queries = torch.arange(chunk.context, total, device=device)[:, None]
-    mask = keys <= queries
-    if window is not None:
-        mask &= keys > queries - window
-    return mask
 
 
 def grouped_attention(
@@ -132,33 +142,23 @@ class SdpaBackend:
     ) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-        for index, group in enumerate(batch.decodes):
-            out[group.rows] = self._decode(index, query, keys, values, batch, scoring)
-        for index, chunk in enumerate(batch.prefills):
-            out[chunk.start : chunk.end] = self._prefill(
-                len(batch.decodes) + index, chunk, query, keys, values, batch, scoring
-            )
+        for group in batch.decodes:
+            out[group.rows] = self._decode(group, query, keys, values, scoring)
+        for chunk in batch.prefills:
+            out[chunk.start : chunk.end] = self._prefill(chunk, query, keys, values, scoring)
         return out
 
     @staticmethod
     def _decode(
-        index: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        batch: AttentionBatch,
-        scoring: Scoring,
+        group: DecodeGroup, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
-        group = batch.decodes[index]
         count, blocks = group.blocks.shape
         kv_heads = keys.shape[2]
         tokens = blocks * keys.shape[1]
         flat = group.blocks.reshape(-1)
         key = keys.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
         value = values.index_select(0, flat).view(count, tokens, kv_heads, -1).transpose(1, 2)
-        mask = batch.masks.get((index, scoring.window))
-        if mask is None:
-            mask = batch.masks[index, scoring.window] = decode_mask(group, tokens, scoring.window)
+        mask = group.mask(tokens, scoring.window)
         # One query token per sequence: the query heads that share a key head can stand in line as if they were several
         # query tokens, so no key is copied for them.
         grouped = query[group.rows].view(count, kv_heads, -1, query.shape[-1])
@@ -167,15 +167,9 @@ class SdpaBackend:
 
     @staticmethod
     def _prefill(
-        index: int,
-        chunk: PrefillChunk,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        batch: AttentionBatch,
-        scoring: Scoring,
+        chunk: PrefillChunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
-        total = chunk.context + chunk.end - chunk.start
+        total = chunk.total
         repeats = query.shape[1] // keys.shape[2]
 
         def gather(storage: torch.Tensor) -> torch.Tensor:
@@ -183,11 +177,7 @@ class SdpaBackend:
             return rows.repeat_interleave(repeats, dim=0).unsqueeze(0)
 
         causal = chunk.context == 0 and (scoring.window is None or scoring.window >= total)
-        mask = None
-        if not causal:
-            mask = batch.masks.get((index, scoring.window))
-            if mask is None:
-                mask = batch.masks[index, scoring.window] = prefill_mask(chunk, scoring.window)
+        mask = None if causal else chunk.mask(scoring.window)
         part = query[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
         out = grouped_attention(part, gather(keys), gather(values), mask, scoring, causal=causal)
         return out.squeeze(0).transpose(0, 1)
@@ -224,7 +214,7 @@ class FlashBackend:
         for c in batch.prefills:
             size = c.end - c.start
             rows = torch.arange(c.start, c.end, device=device)
-            parts.append((rows, c.blocks[None], torch.tensor([c.context + size], device=device), size))
+            parts.append((rows, c.blocks[None], torch.tensor([c.total], device=device), size))
         for rows, blocks, lengths, size in parts:
             count = blocks.shape[0]
             out[rows] = self._kernel(
@@ -301,6 +291,6 @@ class BlockAttention:
         scoring: Scoring,
     ) -> torch.Tensor:
         tokens, repeats = query.shape[2], query.shape[1] // key.shape[1]
-        mask = prefill_mask(PrefillChunk(0, tokens, 0, torch.zeros(1, device=query.device)), scoring.window)
+        mask = PrefillChunk(0, tokens, 0, torch.zeros(1, device=query.device)).mask(scoring.window)
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         return grouped_attention(query, key, value, mask, scoring).transpose(1, 2)

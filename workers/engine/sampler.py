@@ -111,7 +111,7 @@ def _column(values: list[float] | list[int], device: torch.device) -> torch.Tens
 
 def _draw_top_k(scores: torch.Tensor, params: list[SamplingParams], keys: torch.Tensor) -> torch.Tensor:
     """Draw where every row has a top_k."""
-    top_k = torch.tensor([p.top_k for p in params], device=scores.device)[:, None]
+    top_k = _column([p.top_k for p in params], scores.device)
     width = min(max(p.top_k for p in params) + TIES, scores.shape[1])
     logits, ids = torch.topk(scores, width)
     logits = logits.masked_fill(logits < logits.gather(1, top_k - 1), -torch.inf)
