@@ -31,6 +31,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
     block_size: int = 16
     cpu_threads: int = 0
+    cpu_kernels: Literal["auto", "compiled", "torch"] = "auto"
     runtime_dir: str
     cache_dir: str
     engine: str = "workers.engine.worker:run"

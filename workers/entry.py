@@ -7,7 +7,6 @@ import, which may take seconds and touch the GPU.
 import contextlib
 import ctypes
 import importlib
-import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,10 +25,10 @@ import msgspec
 
 from config import logs
 from workers.config import WorkerConfig
-from workers.messages import Fatal, Order, Report
+from workers.messages import Fatal, LogAs, Order, Report
 from workers.wire import encode
 
-log = logging.getLogger("tailrace.worker")
+log = logs.logger("tailrace.worker")
 
 Inbox = queue.SimpleQueue[Order | None]
 Emit = Callable[[list[Report]], None]
@@ -62,7 +61,7 @@ EXIT_ORPHAN = 70
 EXIT_UNHEARD = 71
 
 
-def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_level: str) -> None:
+def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_as: logs.LogSettings) -> None:
     """Run the engine that ``config`` names until the pool says stop, then leave the process.
 
     ``jobs`` carries msgpack-encoded `Order` s (`STOP` to end), ``reports`` is the writing end of a pipe for frames of
@@ -74,7 +73,7 @@ def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_le
     watch_parent()
     if "gevent" in sys.modules:
         raise SystemExit("a model worker must not run under gevent: its patched locks would deadlock the job queue")
-    logs.configure(log_level, f"worker-{config.index}")
+    logs.configure(log_as, f"worker-{config.index}")
     _keep_from_grandchildren(jobs, reports)
     _choose_devices(config)
     _set_title(f"tailrace: model worker {config.index} ({config.device})")
@@ -88,7 +87,7 @@ def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_le
     except ImportError as error:
         pipe.emit([Fatal(message=f"the engine cannot be loaded: {error}")])
     except Exception:
-        log.exception("model worker %d failed", config.index)
+        log.exception("model worker failed")
         code = 1
     pipe.flush(_FLUSH_SECONDS)
     sys.stdout.flush()
@@ -173,13 +172,18 @@ class ReportPipe:
 
 def _read_jobs(jobs: "Queue[bytes]", inbox: Inbox) -> None:
     """Move orders from the pool's queue to the engine's inbox, always, so that a long prompt never blocks the pool."""
-    decoder = msgspec.msgpack.Decoder(Order)
+    decoder: msgspec.msgpack.Decoder[Order | LogAs] = msgspec.msgpack.Decoder(Order | LogAs)
     while True:
         body = jobs.get()
         if body == STOP:
             inbox.put(None)
             return
-        inbox.put(decoder.decode(body))
+        order = decoder.decode(body)
+        if isinstance(order, LogAs):
+            logs.change(order.level, order.form)
+            log.info("reloaded", log_level=order.level, log_format=order.form)
+        else:
+            inbox.put(order)
 
 
 def _resolve(name: str) -> Engine:

@@ -10,7 +10,7 @@ Only token ids cross, never text that a client would see. Decoding checks every 
 `msgspec.DecodeError` and is treated as the death of its sender.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -51,6 +51,11 @@ class BeamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     early_stopping: bool | Literal["never"] = False
 
 
+# White space in JSON that follows a grammar, as a regex: none, a space, or a line end with its indentation. Any more
+# would let a small model, at every place where JSON allows it, go on with white space until its tokens run out.
+JSON_WHITE_SPACE = r"\n {0,24}| "
+
+
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a text must match; ``source`` is the JSON schema (as JSON), the regex, or the Lark grammar."""
 
@@ -65,6 +70,9 @@ class GenerateJob(Message, frozen=True):
     ends at the first token of ``stop_token_ids`` once it has ``min_tokens`` tokens (reason "stop"), or at
     ``max_tokens`` ("length"). ``emitted`` holds, per choice, tokens that were already delivered by an earlier run of
     the same job: they are forced, not sampled and not reported again, and generation goes on behind them.
+
+    For the pool alone: ``start_within_s``, the longest wait in its queue (0: as long as it takes), and ``kept``, the id
+    of the `Keep` that this job belongs to ("": its end is the end of its client's interest).
     """
 
     id: str
@@ -81,32 +89,97 @@ class GenerateJob(Message, frozen=True):
     grammar: Grammar | None = None
     adapter: str = ""
     salt: str = ""
+    start_within_s: float = 0.0
+    kept: str = ""
 
 
 class EmbedJob(Message, frozen=True):
-    """One token sequence to embed: the mean of the last hidden states, L2-normalised."""
+    """One token sequence to embed: the mean of the last hidden states, L2-normalised. ``salt``: whose it is;
+    ``start_within_s`` as for `GenerateJob`.
+    """
 
     id: str
     prompt: list[int]
+    salt: str = ""
+    start_within_s: float = 0.0
 
 
 class Cancel(Message, frozen=True):
-    """The client left, or has all it wants: stop choice ``choice`` of the job, or all of it (None)."""
+    """The client left, or has all it wants: stop choice ``choice`` of the job, or all of it (None).
+
+    For the model worker alone: ``confirm`` asks for `Cancelled` as the last word about the job, known or not.
+    """
 
     id: str
     choice: int | None = None
+    confirm: bool = False
+
+
+class Keep(Message, frozen=True):
+    """The request ``id`` shall outlive its client: what its jobs produce is kept, and can be read again from the start.
+
+    Sent before the request's jobs, which name it as ``kept``; answered with `Kept`. ``owner`` is the tenant; others
+    cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a second `Keep` with
+    it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to make its answer
+    again: both mean nothing to the pool.
+    """
+
+    id: str
+    owner: str
+    key: str = ""
+    digest: bytes = b""
+    note: bytes = b""
+
+
+class Attach(Message, frozen=True):
+    """Read the kept request ``request``: everything from its first event on, then what comes. Answered with `Kept`.
+
+    Its events come with ``alias`` in place of the request's id in theirs, so that several readers of one connection
+    are told apart. `Cancel` of the alias ends the reading, and nothing else.
+    """
+
+    alias: str
+    request: str
+    owner: str
 
 
 class StatusQuery(Message, frozen=True):
     """Ask the pool for a `PoolStatus` now."""
 
 
+class LogAs(Message, frozen=True):
+    """From now on log so; see `config.logs.LogSettings`. Taken by a model worker's first code, never by its engine."""
+
+    level: str
+    form: Literal["auto", "text", "json"]
+
+
 Job = GenerateJob | EmbedJob
 Order = GenerateJob | EmbedJob | Cancel
-ClientMessage = GenerateJob | EmbedJob | Cancel | StatusQuery
+ClientMessage = GenerateJob | EmbedJob | Cancel | Keep | Attach | StatusQuery
 
 
-# --- what a model worker answers --------------------------------------------------------------------------------------
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+
+class Queued(Message, frozen=True):
+    """The job waits in the pool's queue; ``position`` jobs are before it. Sent by the pool, when that has changed."""
+
+    id: str
+    position: int
+
+
+class Kept(Message, frozen=True):
+    """The pool's answer to `Keep` and `Attach`; ``id`` is theirs (the alias of an `Attach`).
+
+    ``request`` is the kept request: the one just founded (the same id), the one that has the key already, or "" if
+    there is none to be found, or no room to keep another. ``digest`` and ``note`` are those it was founded with.
+    """
+
+    id: str
+    request: str
+    digest: bytes = b""
+    note: bytes = b""
 
 
 class Started(Message, frozen=True):
@@ -160,16 +233,20 @@ class Failed(Message, frozen=True):
 
     ``kind``: "invalid" the job cannot be served as asked (message is for the client); "overloaded" the queue is full;
     "unavailable" no model worker can take it now (loading, draining, dead); "internal" a fault of ours.
-    ``retry_after`` in seconds.
+    ``retry_after`` in seconds. ``cause`` "grammar": the job's grammar cannot be used; ``line`` of its source (from 1; 0
+    if that is not known) is to blame. "poison": it, or a job like it, has ended model workers. "queue_time": its
+    ``start_within_s`` was over. "memory": the device has not enough of it.
     """
 
     id: str
     kind: Literal["invalid", "overloaded", "unavailable", "internal"]
     message: str
     retry_after: float | None = None
+    cause: Literal["grammar", "poison", "queue_time", "memory"] | None = None
+    line: int = 0
 
 
-Event = Started | PromptLogprobs | Output | Embedded | Failed
+Event = Queued | Kept | Started | PromptLogprobs | Output | Embedded | Failed
 
 
 class Loading(Message, frozen=True):
@@ -189,7 +266,9 @@ class Stats(Message, frozen=True):
     """Sign of life from the generation loop itself (never from a side thread), a few times a second while it works.
 
     ``steps`` counts forward passes since start; ``running`` and ``waiting`` count sequences; blocks are KV-cache
-    blocks; ``memory_bytes`` is resident memory on the CPU, allocated memory on a GPU.
+    blocks; ``memory_bytes`` is resident memory on the CPU, allocated memory on a GPU. Since start: ``prompt_tokens``
+    read (``cached_tokens`` of them not computed, but found in the prefix cache), ``output_tokens`` chosen,
+    ``preemptions`` of sequences for want of blocks, ``out_of_memory`` passes that the device had not enough memory for.
     """
 
     steps: int
@@ -198,6 +277,17 @@ class Stats(Message, frozen=True):
     blocks_used: int
     blocks_total: int
     memory_bytes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    out_of_memory: int = 0
+
+
+class Cancelled(Message, frozen=True):
+    """The answer to a `Cancel` that asks for it: of the job, and of all that were cancelled before, nothing follows."""
+
+    id: str
 
 
 class Fatal(Message, frozen=True):
@@ -206,7 +296,7 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-Report = Started | PromptLogprobs | Output | Embedded | Failed | Loading | Ready | Stats | Fatal
+Report = Started | PromptLogprobs | Output | Embedded | Failed | Cancelled | Loading | Ready | Stats | Fatal
 
 
 # --- what the pool tells an HTTP worker -------------------------------------------------------------------------------
@@ -219,7 +309,10 @@ class Events(Message, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model worker as the pool sees it. ``idle_s``: seconds since its loop last gave a sign of life."""
+    """One model worker as the pool sees it. ``idle_s``: seconds since its last progress; ``stats``: its own last word.
+
+    ``cause``: how its last life ended, "" if it has had only one.
+    """
 
     index: int
     device: str
@@ -228,18 +321,40 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     progress: float = 0.0
     stage: str = ""
     restarts: int = 0
+    cause: str = ""
     jobs: int = 0
-    steps: int = 0
-    running: int = 0
-    waiting: int = 0
-    blocks_used: int = 0
-    blocks_total: int = 0
-    memory_bytes: int = 0
     idle_s: float = 0.0
+    stats: Stats | None = None
+
+
+class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the pool has counted since it started; jobs but for ``worker_deaths`` and ``hangs``.
+
+    ``replayed`` were taken up again after a death, ``quarantined`` of them tried alone, ``poisoned`` given up as the
+    cause of deaths and ``refused_poison`` refused for being like one of those; ``refused_full`` found no place in the
+    queue, ``queue_timeouts`` got no worker in time. ``hangs`` are deaths by the watchdog.
+    """
+
+    admitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    replayed: int = 0
+    quarantined: int = 0
+    poisoned: int = 0
+    refused_poison: int = 0
+    refused_full: int = 0
+    queue_timeouts: int = 0
+    worker_deaths: int = 0
+    hangs: int = 0
 
 
 class PoolStatus(Message, frozen=True):
-    """State of the pool: sent when an HTTP worker connects, when a worker's state changes, and on `StatusQuery`."""
+    """State of the pool: sent when an HTTP worker connects, when a worker's state changes, and on `StatusQuery`.
+
+    ``queued`` and ``running`` count jobs, ``queued_tokens`` what those in the queue may take, ``kept`` the requests
+    that outlive their clients; ``tokens_per_second`` is how fast the queue has been draining.
+    """
 
     ready: bool
     draining: bool
@@ -247,6 +362,10 @@ class PoolStatus(Message, frozen=True):
     running: int
     card_path: str | None
     workers: list[WorkerStatus]
+    queued_tokens: int = 0
+    kept: int = 0
+    tokens_per_second: float = 0.0
+    counters: PoolCounters = PoolCounters()
 
 
 PoolMessage = Events | PoolStatus
@@ -261,7 +380,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     ``tokenizer_path`` is a ``tokenizer.json`` of the tokenizers library. ``chat_template`` is Jinja source, or None for
     a base model. ``stop_token_ids``: every id that ends a turn (model's and tokenizer's eos, and the token that the
     template puts behind an assistant message). ``special_tokens`` are the template's variables (``bos_token``...).
-    ``sampling_defaults`` is the model's own generation_config. Lengths are in tokens.
+    ``sampling_defaults`` is the model's own generation_config, ``response_template`` what the tokenizer declares of the
+    model's replies (transformers 5). Lengths are in tokens.
     """
 
     id: str
@@ -280,3 +400,4 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     adapters: list[str] = []
     sampling_defaults: dict[str, float | int | bool] = {}
+    response_template: dict[str, Any] | None = None

@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+# How much to read at a time. A buffer of 128 KiB or more is mapped anew by malloc each time, which costs ten times as
+# much as reading the few kilobytes that one step of a model is.
+READ_BYTES = 64 * 1024
 _LENGTH = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
 
@@ -57,7 +60,8 @@ class Decoder(Generic[T]):
                 start = end
                 try:
                     yield self._decoder.decode(body)
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    # A text that is no UTF-8 is not msgspec's own error.
                     raise WireError(f"invalid message: {error}") from error
         finally:
             del buffer[:start]

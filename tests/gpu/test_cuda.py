@@ -10,41 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.workers.engine.tiny import EOS, drain, ids_of, job, prompts, reference, tiny_model, tiny_tokenizer, vector_of
-from workers.config import WorkerConfig
-from workers.engine.build import build
-from workers.engine.loader import load
+from tests.gpu.on_gpu import SHAPE, engine_of, save_model
+from tests.workers.engine.tiny import EOS, drain, ids_of, job, prompts, reference, tiny_model, vector_of
 from workers.messages import BeamParams, EmbedJob, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
 GREEDY = SamplingParams(temperature=0)
-# Heads of 64: flash-attn takes no odd sizes.
-SHAPE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    tiny_model("llama", **SHAPE).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    (tmp_path / "run").mkdir()
+    save_model(tmp_path)
     return tmp_path
-
-
-def engine_of(directory: Path, **changes: Any) -> Any:
-    options: dict[str, Any] = {"device": "cuda:0", "dtype": "float32", "kv_cache_bytes": 1 << 28, **changes}
-    config = WorkerConfig(
-        base_model=str(directory / "base"),
-        runtime_dir=str(directory / "run"),
-        cache_dir=str(directory / "cache"),
-        **options,
-    )
-    return build(load(config, lambda _progress, _stage: None), config)
 
 
 def test_greedy_beams_and_embeddings_beside_each_other_are_exact(directory: Path) -> None:

@@ -6,6 +6,7 @@ lets each sequence attend to its own past. `AttentionBatch` tells where the bord
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +23,12 @@ Masks = dict[int | None, torch.Tensor]
 class DecodeGroup:
     """Sequences with one new token each and about the same number of blocks.
 
-    ``rows`` ``[n]`` positions in the flat batch; ``blocks`` ``[n, blocks]`` block tables padded with block 0;
-    ``lengths`` ``[n]`` tokens in the cache, the new one included.
+    ``rows`` ``[n]`` positions in the flat batch, or the slice of all of them; ``blocks`` ``[n, blocks]`` padded block
+    tables; ``lengths`` ``[n]`` tokens in the cache, the new one included. Nothing that is computed from them leaves the
+    device, so a CUDA graph may hold it.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | slice
     blocks: torch.Tensor
     lengths: torch.Tensor
     _masks: Masks = field(default_factory=dict)
@@ -42,6 +44,24 @@ class DecodeGroup:
                 mask &= positions > lengths - 1 - window
             mask = self._masks[window] = mask[:, None, None, :]
         return mask
+
+    @cached_property
+    def paged(self) -> "Paged":
+        """The group as flash-attn wants it; made once for all layers."""
+        return Paged(self.blocks, self.lengths, 1)
+
+
+class Paged:
+    """Sequences with ``size`` new tokens each, as flash-attn's variable-length kernel wants them: all int32.
+
+    ``queries`` ``[n + 1]``, ``keys`` ``[n + 1]``: borders of the sequences in the flat queries and in the lengths.
+    """
+
+    def __init__(self, blocks: torch.Tensor, lengths: torch.Tensor, size: int) -> None:
+        self.size = size
+        self.blocks = blocks.to(torch.int32)
+        self.queries = torch.arange(0, (len(blocks) + 1) * size, size, dtype=torch.int32, device=blocks.device)
+        self.keys = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,12 @@ class PrefillChunk:
             self._masks[window] = mask
         return mask
 
+    @cached_property
+    def paged(self) -> Paged:
+        """The slice as flash-attn wants it; made once for all layers."""
+        lengths = torch.full((1,), self.total, device=self.blocks.device)
+        return Paged(self.blocks[None], lengths, self.end - self.start)
+
 
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -91,7 +117,12 @@ class Scoring:
 
 
 class AttentionBackend(Protocol):
-    """What a back end must offer: attention of one layer for the whole flat batch."""
+    """What a back end must offer: attention of one layer for the whole flat batch.
+
+    ``gathers``: whether all blocks of the padded tables are copied, so that padding costs time and memory.
+    """
+
+    gathers: bool
 
     def attend(
         self,
@@ -131,6 +162,8 @@ def grouped_attention(
 
 class SdpaBackend:
     """Pure torch: gathers each sequence's blocks and calls scaled dot-product attention. For the CPU and any GPU."""
+
+    gathers = True
 
     def attend(
         self,
@@ -190,6 +223,7 @@ class FlashBackend:
     """
 
     BLOCK_SIZE = 256
+    gathers = False
 
     def __init__(self) -> None:
         from flash_attn import flash_attn_varlen_func
@@ -205,27 +239,22 @@ class FlashBackend:
         scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
-        device = query.device
         options: dict[str, Any] = {"softmax_scale": scoring.scaling, "causal": True, "softcap": scoring.softcap or 0.0}
         if scoring.window is not None:
             options["window_size"] = (scoring.window - 1, 0)
         out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-        parts = [(g.rows, g.blocks, g.lengths, 1) for g in batch.decodes]
-        for c in batch.prefills:
-            size = c.end - c.start
-            rows = torch.arange(c.start, c.end, device=device)
-            parts.append((rows, c.blocks[None], torch.tensor([c.total], device=device), size))
-        for rows, blocks, lengths, size in parts:
-            count = blocks.shape[0]
+        parts: list[tuple[torch.Tensor | slice, Paged]] = [(g.rows, g.paged) for g in batch.decodes]
+        parts += [(slice(c.start, c.end), c.paged) for c in batch.prefills]
+        for rows, paged in parts:
             out[rows] = self._kernel(
                 query[rows],
                 keys,
                 values,
-                cu_seqlens_q=torch.arange(0, (count + 1) * size, size, dtype=torch.int32, device=device),
-                cu_seqlens_k=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-                max_seqlen_q=size,
-                max_seqlen_k=blocks.shape[1] * keys.shape[1],
-                block_table=blocks.to(torch.int32),
+                cu_seqlens_q=paged.queries,
+                cu_seqlens_k=paged.keys,
+                max_seqlen_q=paged.size,
+                max_seqlen_k=paged.blocks.shape[1] * keys.shape[1],
+                block_table=paged.blocks,
                 **options,
             )
         return out
@@ -234,8 +263,9 @@ class FlashBackend:
 class BlockAttention:
     """The attention function of one model: registered with transformers under a name of its own.
 
-    Before each forward pass the runner sets ``batch``; the model then calls `__call__` once per layer. While ``probe``
-    is a dict, no cache exists yet: plain causal attention is computed and each layer's shape is noted there.
+    Before each forward pass `EagerStep` sets ``batch``; the model then calls `__call__` once per layer. While ``probe``
+    is a dict, no cache exists yet: plain causal attention is computed, and each layer's shape and scoring are noted
+    there.
     """
 
     _registered = 0
@@ -246,7 +276,7 @@ class BlockAttention:
         self.backend = backend
         self.cache: KVCache | None = None
         self.batch: AttentionBatch | None = None
-        self.probe: dict[int, LayerShape] | None = None
+        self.probe: dict[int, tuple[LayerShape, Scoring]] | None = None
         AttentionInterface.register(self.name, self)
 
     def __call__(
@@ -272,7 +302,7 @@ class BlockAttention:
         layer: int = module.layer_idx  # type: ignore[assignment]
         scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
         if self.probe is not None:
-            self.probe[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+            self.probe[layer] = (LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), scoring)
             return self._plain(query, key, value, scoring), None
         assert self.cache is not None, "forward pass before the cache exists"
         assert self.batch is not None, "forward pass without a batch"

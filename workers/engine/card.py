@@ -8,12 +8,17 @@ from typing import Any
 
 import msgspec
 
+from config import template_sandbox
 from workers.config import WorkerConfig
+from workers.engine.errors import LoadError
 from workers.engine.loader import LoadedModel
 from workers.messages import ModelCard
 
 ALIAS = "llama-3-chinese"
+_RENDER_SECONDS = 5.0
 _MARK = "\u2063reply\u2063"
+# Ends of a turn that a template need not mention: Llama 3 ends a call of a tool with this one.
+_TURN_ENDS = ("<|eom_id|>",)
 _GENERATION_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "do_sample")
 
 
@@ -31,6 +36,9 @@ def publish(loaded: LoadedModel, config: WorkerConfig, max_model_len: int) -> Pa
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
+    special_tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if template and (fault := template_sandbox.fault_of(template, special_tokens)):
+        raise LoadError(f"{config.base_model}: its chat template cannot be used: {' '.join(fault.split())[:300]}")
     embedding = model.get_input_embeddings().weight
     fields: dict[str, Any] = {
         "id": names[0],
@@ -38,16 +46,17 @@ def publish(loaded: LoadedModel, config: WorkerConfig, max_model_len: int) -> Pa
         "tokenizer_path": str(tokenizer_path),
         "add_bos_token": _adds_bos(tokenizer),
         "chat_template": template,
-        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
+        "special_tokens": special_tokens,
         "stop_token_ids": stop_token_ids(loaded),
         "eos_token_id": tokenizer.eos_token_id,
         "vocab_size": embedding.shape[0],
         "hidden_size": model.config.get_text_config().hidden_size,
         "max_model_len": max_model_len,
         "created": 0,
-        "dtype": config.quantization or str(loaded.dtype).removeprefix("torch."),
+        "dtype": config.quantization or ("gguf" if loaded.codes else str(loaded.dtype).removeprefix("torch.")),
         "device": config.device,
         "adapters": list(config.adapters),
+        "response_template": _response_template(tokenizer),
         "sampling_defaults": {
             k: v for k in _GENERATION_FIELDS if (v := getattr(loaded.generation, k, None)) is not None
         },
@@ -74,16 +83,21 @@ def stop_token_ids(loaded: LoadedModel) -> list[int]:
     found += eos if isinstance(eos, list) else [eos]
     found.append(loaded.tokenizer.eos_token_id)
     found.append(_template_end(loaded.tokenizer))
+    found += [i for i, token in loaded.tokenizer.added_tokens_decoder.items() if token.content in _TURN_ENDS]
     return sorted({i for i in found if i is not None})
 
 
 def _template_end(tokenizer: Any) -> int | None:
     """Return the special token that the chat template puts right behind an assistant's words, if it does so."""
-    if not tokenizer.chat_template:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
         return None
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        values = {**tokenizer.special_tokens_map, "messages": messages, "add_generation_prompt": False}
+        text = template_sandbox.Template(source).render({**values, "tools": None, "documents": None}, _RENDER_SECONDS)
     except Exception:
         return None
     tail = text.rpartition(_MARK)[2].lstrip()
@@ -91,6 +105,15 @@ def _template_end(tokenizer: Any) -> int | None:
         if token.special and tail.startswith(token.content):
             return int(token_id)
     return None
+
+
+def _response_template(tokenizer: Any) -> dict[str, Any] | None:
+    """Return what the tokenizer declares of the model's replies; None for nothing, or what is no JSON object."""
+    declared = getattr(tokenizer, "response_template", None)
+    try:
+        return declared if isinstance(declared, dict) and msgspec.json.encode(declared) else None
+    except TypeError:
+        return None
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -1,21 +1,20 @@
 """The engine: jobs in, reports out, one model pass per step."""
 
-import logging
 import math
 import time
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from llguidance import LLMatcher
 
+from config import logs
 from workers.engine import sampler
 from workers.engine.beams import BeamSearch, Continuation
-from workers.engine.errors import GrammarError, StickyDeviceError
-from workers.engine.request import BeamToken, Request, certain_outputs, ending, final_outputs
-from workers.engine.runner import ModelRunner, Pass
+from workers.engine.errors import GrammarError
+from workers.engine.flat_batch import Computed, FlatBatch, Step
+from workers.engine.recovery import Outcome, Recovery, is_out_of_memory, no_memory, rewound, tamed
+from workers.engine.request import BeamToken, Request, certain_outputs, ending, final_outputs, invalid
 from workers.engine.scheduler import Scheduled, Scheduler
-from workers.engine.scores import token_logprobs
+from workers.engine.scores import scores_of_chosen, token_logprobs
 from workers.engine.sequence import Sequence, State
 from workers.messages import (
     Cancel,
@@ -23,7 +22,6 @@ from workers.messages import (
     EmbedJob,
     Failed,
     GenerateJob,
-    Job,
     Order,
     Output,
     PromptLogprobs,
@@ -33,7 +31,10 @@ from workers.messages import (
     TokenLogprobs,
 )
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
+
+NO_PROBABILITIES = "the model computed no valid probabilities for this request"
+NO_EMBEDDING = "the model computed no valid embedding for this request"
 
 
 class Engine:
@@ -44,19 +45,21 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        model_step: Step,
         scheduler: Scheduler,
         max_model_len: int,
         vocab_size: int,
         adapters: frozenset[str] = frozenset(),
     ) -> None:
-        self.runner = runner
+        self.model_step = model_step
         self.scheduler = scheduler
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.adapters = adapters
         self.steps = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._requests: dict[str, Request] = {}
+        self._recovery = Recovery(lambda: self.model_step, scheduler, self._digest, self._give_up)
 
     @property
     def has_work(self) -> bool:
@@ -71,6 +74,11 @@ class Engine:
             blocks_used=pool.used,
             blocks_total=pool.count,
             memory_bytes=memory_bytes,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=self.scheduler.preemptions,
+            out_of_memory=self._recovery.out_of_memory,
         )
 
     # --- orders -------------------------------------------------------------------------------------------------------
@@ -85,11 +93,18 @@ class Engine:
             return []
         if order.id in self._requests:
             return [Failed(id=order.id, kind="invalid", message="a job with this id is running")]
-        problem = self._invalid(order) or self.scheduler.never_fits(order)
+        problem = invalid(order, self.vocab_size, self.max_model_len, self.adapters) or self.scheduler.never_fits(order)
         if problem:
             return [Failed(id=order.id, kind="invalid", message=problem)]
         request = Request(order)
         self._requests[order.id] = request
+        try:
+            return self._take(request, matcher)
+        except Exception as error:
+            return [self._failed(request, tamed(error))]
+
+    def _take(self, request: Request, matcher: LLMatcher | None) -> list[Report]:
+        order = request.job
         if isinstance(order, EmbedJob):
             self._add(request, Sequence(order, 0, order.prompt, len(order.prompt)))
             return []
@@ -98,32 +113,11 @@ class Engine:
             # A search is deterministic: it is run again, and what was sent is not sent again.
             request.sent = [len(ids) for ids in emitted]
         elif any(emitted):
-            return self._contained(request, partial(self._resume, request, order, emitted, matcher))
+            return self._resume(request, order, emitted, matcher)
         sequence = Sequence(order, 0, order.prompt, len(order.prompt) + order.max_tokens)
         sequence.matcher = matcher
         self._add(request, sequence)
         return []
-
-    def _invalid(self, job: Job) -> str | None:
-        if not job.prompt:
-            return "the prompt is empty"
-        if min(job.prompt) < 0 or max(job.prompt) >= self.vocab_size:
-            return f"a token id of the prompt is outside the vocabulary of {self.vocab_size}"
-        length = len(job.prompt)
-        if isinstance(job, GenerateJob):
-            length += job.max_tokens
-            if job.max_tokens < (1 if job.prompt_logprobs is None else 0):
-                return "max_tokens must be at least 1"
-            if job.beams and job.n > job.beams.num_beams:
-                return "n is larger than num_beams"
-            if job.adapter and job.adapter not in self.adapters:
-                return f"there is no adapter {job.adapter!r}"
-            ids = [*job.sampling.logit_bias, *job.stop_token_ids]
-            if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-                return f"a token id is outside the vocabulary of {self.vocab_size}"
-        if length > self.max_model_len:
-            return f"prompt and max_tokens are {length} tokens, the context is {self.max_model_len}"
-        return None
 
     def _resume(
         self, request: Request, job: GenerateJob, emitted: list[list[int]], matcher: LLMatcher | None
@@ -170,11 +164,41 @@ class Engine:
         if not request.sequences:
             self._requests.pop(request.job.id, None)
 
-    def _fail(self, request: Request, message: str) -> Failed:
+    def _fail(self, request: Request, failed: Failed) -> Failed:
+        """Forget the request, which ends with ``failed``."""
         for sequence in list(request.sequences):
             self._drop(request, sequence)
         self._requests.pop(request.job.id, None)
-        return Failed(id=request.job.id, kind="internal", message=message)
+        return failed
+
+    def _failed(self, request: Request, error: Exception) -> Failed:
+        """End the request because of ``error``: a grammar at its limits is the client's, anything else ours."""
+        job_id = request.job.id
+        if is_out_of_memory(error):
+            log.error("no memory for a job alone", job=job_id, reason=str(error))
+            failed = no_memory(job_id)
+        elif isinstance(error, GrammarError):
+            log.warning("a grammar failed", job=job_id, reason=str(error))
+            failed = Failed(id=job_id, kind="invalid", message=f"the grammar failed on this request: {error}")
+        else:
+            log.error("a job failed", job=job_id, exc_info=error)
+            failed = Failed(id=job_id, kind="internal", message="the model worker failed on this request")
+        return self._fail(request, failed)
+
+    def _give_up(self, sequence: Sequence, error: Exception) -> list[Report]:
+        """End the request of ``sequence``, if it has not ended yet."""
+        request = self._requests.get(sequence.job.id)
+        return [] if request is None else [self._failed(request, error)]
+
+    def _fail_without_numbers(self, request: Request) -> Failed:
+        """End a request whose logits are no numbers; its keys and values are not, either, and blocks go round."""
+        pool = self.scheduler.pool
+        blocks = {b for s in request.sequences for b in s.blocks if not pool.is_shared(b)}
+        for block in blocks:
+            pool.forget(block)
+        if blocks:
+            self.model_step.cache.clear(sorted(blocks))
+        return self._fail(request, Failed(id=request.job.id, kind="internal", message=NO_PROBABILITIES))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -189,88 +213,70 @@ class Engine:
             request = self._requests[item.sequence.job.id]
             if not request.started:
                 request.started = True
-                reports.append(Started(id=request.job.id, cached_tokens=item.sequence.cached_tokens))
+                cached = min(item.sequence.cached_tokens, item.sequence.prompt_length)
+                self._prompt_tokens += item.sequence.prompt_length
+                self._cached_tokens += cached
+                reports.append(Started(id=request.job.id, cached_tokens=cached))
         begun = time.monotonic()
-        try:
-            result = self.runner.forward(batch)
-        except Exception as error:
-            _raise_if_sticky(error)
-            log.exception("forward pass of %d sequences failed; trying each alone", len(batch))
-            return reports + self._step_alone(batch)
-        self.scheduler.note_pass(sum(item.tokens for item in batch), time.monotonic() - begun)
-        return reports + self._digest(batch, result)
+        outcome = self._recovery.attempt(batch)
+        if outcome.failed:
+            return reports + self._recovery.recover(outcome)
+        self.scheduler.note_pass(batch, time.monotonic() - begun)
+        return reports + outcome.reports
 
-    def _step_alone(self, batch: list[Scheduled]) -> list[Report]:
-        """After a failed pass: run each item alone, so that only the one at fault fails.
+    def _digest(self, batch: FlatBatch, result: Computed) -> Outcome:
+        """Turn the pass's hidden states and logits into embeddings, scores and tokens.
 
-        Beams of one search draw from each other's logits, so they stay together.
+        What cannot be done is rewound, so that its last tokens can be computed once more.
         """
-        families: dict[object, list[Scheduled]] = {}
-        for item in batch:
-            job = item.sequence.job
-            together = isinstance(job, GenerateJob) and job.beams
-            families.setdefault(job.id if together else id(item), []).append(item)
-        reports: list[Report] = []
-        for family in families.values():
-            request = self._requests.get(family[0].sequence.job.id)
-            if request is None:
-                continue
-            reports += self._contained(request, partial(self._forward_and_digest, family))
-        return reports
-
-    def _forward_and_digest(self, batch: list[Scheduled]) -> list[Report]:
-        return self._digest(batch, self.runner.forward(batch))
-
-    def _contained(self, request: Request, work: Callable[[], list[Report]]) -> list[Report]:
-        """Return what ``work`` reports; when it raises, the failure of ``request`` alone."""
-        try:
-            return work()
-        except Exception as error:
-            _raise_if_sticky(error)
-            log.exception("request %s failed", request.job.id)
-            reason = f"the grammar failed: {error}" if isinstance(error, GrammarError) else "the model worker failed"
-            return [self._fail(request, f"{reason} on this request")]
-
-    def _digest(self, batch: list[Scheduled], result: Pass) -> list[Report]:
-        """Turn the pass's hidden states and logits into embeddings, scores and tokens."""
-        reports: list[Report] = []
+        outcome = Outcome()
+        reports = outcome.reports
         pool = self.scheduler.pool
-        for item, (start, end) in zip(batch, result.spans, strict=True):
+        for item, (start, end) in zip(batch.items, batch.spans, strict=True):
             item.sequence.advance(item.tokens, pool)
             if item.sequence.is_embedding:
-                reports += self._embed(item.sequence, result.hidden[start:end])
-        for n, prompt_rows in result.prompt_rows:
-            reports += self._score_prompt(batch[n], result.logits[prompt_rows])
+                assert result.hidden is not None
+                try:
+                    reports += self._embed(item.sequence, result.hidden[start:end])
+                except Exception as error:
+                    outcome.failed.append(([rewound(item.sequence, item.tokens)], tamed(error)))
+        unscored = set()
+        for n, places in batch.prompt_places:
+            item = batch.items[n]
+            try:
+                reports += self._score_prompt(item, result.logits[places])
+            except Exception as error:
+                unscored.add(n)
+                outcome.failed.append(([rewound(item.sequence, item.tokens)], tamed(error)))
 
         rows: list[int] = []
         sequences: list[Sequence] = []
         searches: dict[str, list[tuple[int, Sequence]]] = {}
-        finite = torch.isfinite(result.logits.amax(dim=-1)).tolist() if len(result.logits) else []
-        for n, row in result.next_rows:
-            sequence = batch[n].sequence
+        for n, row in batch.next_places:
+            sequence = batch.items[n].sequence
             request = self._requests.get(sequence.job.id)
-            if request is None:
+            if request is None or n in unscored:
                 continue
             job = sequence.job
             assert isinstance(job, GenerateJob)
-            if not finite[row]:
-                reports.append(self._fail(request, "the model computed no valid probabilities for this request"))
-            elif job.max_tokens == 0:
+            if job.max_tokens == 0:
                 reports += [Output(id=job.id, choice=c, finish_reason="length") for c in range(job.n)]
                 self._drop(request, sequence)
             elif job.beams:
                 searches.setdefault(job.id, []).append((row, sequence))
+            elif job.n == 1 or sequence.forked:
+                sequence.forked = True
+                rows.append(row)
+                sequences.append(sequence)
             else:
                 choices = self._choices(request, sequence)
                 rows += [row] * len(choices)
                 sequences += choices
         if rows:
-            reports += self._sample(result.logits, rows, sequences)
+            self._sample(result, rows, sequences, outcome)
         for job_id, beams in searches.items():
-            request = self._requests.get(job_id)
-            if request is not None:
-                reports += self._contained(request, partial(self._search, request, result.logits, beams))
-        return reports
+            self._search(self._requests[job_id], result, beams, outcome)
+        return outcome
 
     def _score_prompt(self, item: Scheduled, logits: torch.Tensor) -> list[Report]:
         """Add the scores of the prompt tokens that follow the rows of this chunk; report them when complete."""
@@ -289,12 +295,9 @@ class Engine:
         return [PromptLogprobs(id=job.id, logprobs=sequence.prompt_logprobs)]
 
     def _choices(self, request: Request, sequence: Sequence) -> list[Sequence]:
-        """Return the sequences that draw from this one's logits: all choices of the job once its prompt is read."""
+        """Split the sequence of a prompt that is read now into one for each choice of its job."""
         job = sequence.job
         assert isinstance(job, GenerateJob)
-        if sequence.forked or job.n == 1:
-            sequence.forked = True
-            return [sequence]
         sequence.forked = True
         choices = [sequence, *(sequence.fork(c, self.scheduler.pool) for c in range(1, job.n))]
         self.scheduler.replace([sequence], choices)
@@ -304,74 +307,74 @@ class Engine:
                 self._drop(request, choice)
         return list(request.sequences)
 
-    def _sample(self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence]) -> list[Report]:
-        """Choose a token for each sequence from its row of ``logits``."""
+    def _sample(self, result: Computed, rows: list[int], sequences: list[Sequence], outcome: Outcome) -> None:
+        """Choose a token for each sequence from its row of logits."""
         try:
-            scores = logits[rows]
-            sampler.process_logits(scores, sequences)
-            tokens = sampler.sample(scores, sequences)
-            wanted = self._token_logprobs(logits, rows, sequences, tokens)
+            tokens = sampler.next_tokens(self.model_step, result, rows, sequences)
+            wanted = scores_of_chosen(result.logits, rows, sequences, tokens)
         except Exception as error:
-            _raise_if_sticky(error)
-            if len(sequences) > 1:
-                # Somebody's parameters or grammar are at fault: ask each alone.
-                reports: list[Report] = []
-                for row, sequence in zip(rows, sequences, strict=True):
-                    if sequence.state is State.RUNNING:
-                        reports += self._sample(logits, [row], [sequence])
-                return reports
-            request = self._requests.get(sequences[0].job.id)
-            if request is None:
-                return []
-            log.warning("sampling for %s failed: %s", request.job.id, error)
-            reason = f"the grammar failed: {error}" if isinstance(error, GrammarError) else "sampling failed"
-            return [self._fail(request, f"{reason} for this request")]
-        reports = []
+            # Logits may have been overwritten, so the rows are computed again, too.
+            outcome.failed.append(([rewound(sequence, 1) for sequence in sequences], tamed(error)))
+            return
+        self._output_tokens += len(tokens)
+        reports = outcome.reports
         for sequence, token, logprobs in zip(sequences, tokens, wanted, strict=True):
             request = self._requests.get(sequence.job.id)
-            if request is not None:
-                reports += self._contained(request, partial(self._accept, request, sequence, token, logprobs))
-        return reports
+            if request is None:
+                continue
+            if token < 0:
+                reports.append(self._fail_without_numbers(request))
+                continue
+            try:
+                reports.append(self._accept(request, sequence, token, logprobs))
+            except Exception as error:
+                reports.append(self._failed(request, tamed(error)))
 
-    def _accept(self, request: Request, sequence: Sequence, token: int, logprobs: list[TokenLogprobs]) -> list[Report]:
+    def _accept(self, request: Request, sequence: Sequence, token: int, logprobs: list[TokenLogprobs]) -> Output:
         """Append the token; report it, and the end of the choice if this is it."""
         sequence.append(token)
-        _consume(sequence, token)
+        if sequence.matcher is not None:
+            _consume(sequence, token)
         output = ending(sequence, [token], logprobs)
         if output:
             self._drop(request, sequence)
-            return [output]
-        return [Output(id=sequence.job.id, choice=sequence.choice, ids=[token], logprobs=logprobs)]
-
-    @staticmethod
-    def _token_logprobs(
-        logits: torch.Tensor, rows: list[int], sequences: list[Sequence], tokens: list[int]
-    ) -> list[list[TokenLogprobs]]:
-        """Return, for each sequence, the scores of its token: one entry, or none when the job does not ask."""
-        found: list[list[TokenLogprobs]] = [[] for _ in rows]
-        asking = [i for i, s in enumerate(sequences) if isinstance(s.job, GenerateJob) and s.job.logprobs is not None]
-        if asking:
-            counts = [sequences[i].job.logprobs or 0 for i in asking]  # type: ignore[union-attr]
-            scores = token_logprobs(logits[[rows[i] for i in asking]], [tokens[i] for i in asking], counts)
-            for i, score in zip(asking, scores, strict=True):
-                found[i] = [score]
-        return found
+            return output
+        return Output(id=sequence.job.id, choice=sequence.choice, ids=[token], logprobs=logprobs)
 
     # --- beams and embeddings -----------------------------------------------------------------------------------------
 
-    def _search(self, request: Request, logits: torch.Tensor, beams: list[tuple[int, Sequence]]) -> list[Report]:
-        """Advance a beam search by one token: (row of ``logits``, sequence) of each live beam, best first."""
+    def _search(self, request: Request, result: Computed, beams: list[tuple[int, Sequence]], outcome: Outcome) -> None:
+        """Advance a beam search by one token: (row of the logits, sequence) of each live beam, best first."""
+        rows = [row for row, _ in beams]
+        live = [sequence for _, sequence in beams]
+        try:
+            if bool((result.best[rows] < 0).any()):
+                outcome.reports.append(self._fail_without_numbers(request))
+                return
+            own = torch.log_softmax(result.logits[rows], dim=-1)
+            processed = own.clone()
+            sampler.process_logits(processed, live)
+        except Exception as error:
+            outcome.failed.append(([rewound(sequence, 1) for sequence in live], tamed(error)))
+            return
+        try:
+            reports = self._advance_beams(request, live, own, processed)
+        except Exception as error:
+            reports = [self._failed(request, tamed(error))]
+        self._output_tokens += sum(len(report.ids) for report in reports if isinstance(report, Output))
+        outcome.reports += reports
+
+    def _advance_beams(
+        self, request: Request, live: list[Sequence], own: torch.Tensor, processed: torch.Tensor
+    ) -> list[Report]:
+        """Let the search choose among ``processed`` log-probabilities; ``own`` are the model's. ``[beams, vocab]``"""
         job = request.job
         assert isinstance(job, GenerateJob)
         assert job.beams is not None
-        live = [sequence for _, sequence in beams]
         if not live[0].forked:
             request.beams = BeamSearch(job.beams, job.stop_token_ids, job.max_tokens, prune=job.grammar is not None)
         search = request.beams
         assert search is not None
-        own = torch.log_softmax(logits[[row for row, _ in beams]], dim=-1)
-        processed = own.clone()
-        sampler.process_logits(processed, live)
 
         def extend(beam: Continuation) -> BeamToken:
             if job.logprobs is None:
@@ -385,16 +388,21 @@ class Engine:
                 self._drop(request, sequence)
             return final_outputs(request)
         pool = self.scheduler.pool
-        following = []
-        for index, continuation in enumerate(continuations):
-            beam = live[continuation.parent].fork(index, pool)
-            beam.forked = True
-            beam.append(continuation.token)
-            _consume(beam, continuation.token)
-            scores = extend(continuation).logprobs
-            if scores is not None:
-                beam.logprobs.append(scores)
-            following.append(beam)
+        following: list[Sequence] = []
+        try:
+            for index, continuation in enumerate(continuations):
+                beam = live[continuation.parent].fork(index, pool)
+                following.append(beam)
+                beam.forked = True
+                beam.append(continuation.token)
+                _consume(beam, continuation.token)
+                scores = extend(continuation).logprobs
+                if scores is not None:
+                    beam.logprobs.append(scores)
+        except Exception:
+            for beam in following:
+                beam.release_blocks(pool)
+            raise
         self.scheduler.replace(live, following)
         for sequence in live:
             sequence.release_blocks(pool)
@@ -406,14 +414,14 @@ class Engine:
         """Add a chunk's hidden states ``[tokens, hidden_size]``; at the prompt's end return their normalised mean."""
         part = hidden.float().sum(dim=0)
         total = part if sequence.hidden_sum is None else sequence.hidden_sum + part
-        sequence.hidden_sum = total
         if sequence.pending:
+            sequence.hidden_sum = total
             return []
         request = self._requests[sequence.job.id]
         mean = total / sequence.length
         norm = float(mean.norm())
         if not math.isfinite(norm) or norm == 0.0:
-            return [self._fail(request, "the model computed no valid embedding for this request")]
+            return [self._fail(request, Failed(id=request.job.id, kind="internal", message=NO_EMBEDDING))]
         vector = (mean / norm).cpu().numpy().astype("<f4").tobytes()
         self._drop(request, sequence)
         return [Embedded(id=sequence.job.id, vector=vector)]
@@ -434,10 +442,3 @@ def _consume(sequence: Sequence, token: int) -> None:
         return
     if not matcher.consume_token(token):
         raise GrammarError(" ".join(matcher.get_error().split())[:300])
-
-
-def _raise_if_sticky(error: Exception) -> None:
-    """Let errors through that poison the device for the whole process."""
-    text = str(error)
-    if isinstance(error, torch.AcceleratorError) or ("CUDA error" in text and "out of memory" not in text):
-        raise StickyDeviceError(text) from error

@@ -4,21 +4,37 @@ llguidance computes, for each step, which tokens can still lead to a match. It n
 a matcher can be copied (for choices and beams) and led over tokens that exist already (for a job that is resumed).
 """
 
+import json
+import math
+import re
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
 from workers.engine.errors import GrammarError
-from workers.messages import Grammar
+from workers.messages import JSON_WHITE_SPACE, Grammar
 
 CACHE_SIZE = 128
-# White space in JSON: none, a space, or a line end with its indentation. Any more would let a small model, at every
-# place where JSON allows it, go on with white space until its tokens run out.
-JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"\n {0,24}| "}
+JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": JSON_WHITE_SPACE}
+# A schema with 5,000 properties takes seconds to compile; this many symbols take less than one. The parser's own state,
+# which errors would show, is of no use to a client.
+LIMITS = LLParserLimits(max_grammar_size=20_000, verbose_errors=False)
+# "A multiple of m" is an automaton with m states, or, where schemas are combined, as many as the least common multiple.
+# It is made in one go, and counted by no limit: a hundred thousand states take a second, a hundred million for ever.
+MAX_MULTIPLE = 20_000
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]{1,400})')
+_COMBINES = re.compile(r'"(allOf|anyOf|oneOf|\$ref|\$dynamicRef|if|not)"')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+# Left to itself, llguidance cuts a text that is certain into tokens at once. Where such a text holds the name of a
+# special token (an enum with "<think>"), it gets that token, which its own parser then refuses.
+_OPTIONS = '%llguidance {"no_forcing": true}'
+# How llguidance writes where a fault is, and how it begins to show it.
+_PLACE = re.compile(r"at (\d+)\(\d+\): ")
+_EXCERPT = re.compile(r"\n +\d+ \| ")
 
 
 class GrammarCompiler:
@@ -53,18 +69,18 @@ class GrammarCompiler:
         return known.deep_copy()
 
     def _make(self, grammar: Grammar) -> LLMatcher:
+        _check_multiples(grammar)
         try:
-            if grammar.kind == "json_schema":
-                source = LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_OPTIONS)
-            elif grammar.kind == "regex":
-                source = LLMatcher.grammar_from_regex(grammar.source)
-            else:
-                source = LLMatcher.grammar_from_lark(grammar.source)
-            matcher = LLMatcher(self.warm_up(), source, log_level=0)
+            source = LLMatcher.grammar_from_lark(f"{_as_lark(grammar)}\n{_OPTIONS}")
+            matcher = LLMatcher(self.warm_up(), source, log_level=0, limits=LIMITS)
         except ValueError as error:
-            raise GrammarError(_one_line(str(error))) from error
+            raise _refused(str(error), grammar) from error
+        if not matcher.is_error():
+            # The first mask is by far the dearest, and copies share what was made for it. It also shows a grammar that
+            # matches nothing.
+            matcher.compute_bitmask()
         if matcher.is_error():
-            raise GrammarError(_one_line(matcher.get_error()))
+            raise _refused(matcher.get_error(), grammar)
         return matcher
 
 
@@ -77,6 +93,45 @@ def allowed_tokens(matcher: LLMatcher, vocab_size: int) -> torch.Tensor:
     mask = np.zeros(vocab_size, dtype=bool)
     mask[: len(flags)] = flags
     return torch.from_numpy(mask)
+
+
+def _as_lark(grammar: Grammar) -> str:
+    """Raises `ValueError` for what is none."""
+    if grammar.kind == "json_schema":
+        (read,) = json.loads(LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_OPTIONS))["grammars"]
+        return f"start: %json {json.dumps(read['json_schema'])}"
+    if grammar.kind == "regex":
+        (read,) = json.loads(LLMatcher.grammar_from_regex(grammar.source))["grammars"]
+        return str(read["lark_grammar"])
+    return grammar.source
+
+
+def _refused(text: str, grammar: Grammar) -> GrammarError:
+    """Take llguidance's word apart: the place, the reason, and behind it the source, which need not be repeated."""
+    place = _PLACE.match(text)
+    if place is None:
+        return GrammarError(_one_line(text))
+    reason = _EXCERPT.split(text[place.end() :], maxsplit=1)[0]
+    # Of the other kinds, the lines are ours.
+    return GrammarError(_one_line(reason), int(place[1]) if grammar.kind == "lark" else 0)
+
+
+def _check_multiples(grammar: Grammar) -> None:
+    """Raise `GrammarError` for a ``multipleOf`` that would take for ever; a Lark grammar can hold schemas, too."""
+    if grammar.kind == "regex":
+        return
+    source = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), grammar.source)
+    numbers = [_significant(found[1]) for found in _MULTIPLE.finditer(source)]
+    states = math.lcm(*numbers) if _COMBINES.search(source) else max(numbers, default=1)
+    if states > MAX_MULTIPLE:
+        raise GrammarError(f"multipleOf takes more than {MAX_MULTIPLE} states")
+
+
+def _significant(number: str) -> int:
+    """Return the digits of a JSON number without its zeros at either end: 0.05 and 500 both count to 5."""
+    digits = re.split("[eE]", number)[0].replace(".", "").strip("+-0")
+    # Three hundred digits are as many too many as six.
+    return int(digits[:9]) if digits.isdigit() else 1
 
 
 def _one_line(text: str) -> str:

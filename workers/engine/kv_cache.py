@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from workers.engine.errors import OutOfBlocks
+from workers.engine.transfer import to_device
 
 
 class BlockPool:
@@ -77,6 +78,12 @@ class BlockPool:
             self._block_of_hash[digest] = block
             self._hash_of_block[block] = digest
 
+    def forget(self, block: int) -> None:
+        """Take back what `register` said of a block that has references."""
+        digest = self._hash_of_block.pop(block, None)
+        if digest is not None:
+            del self._block_of_hash[digest]
+
     def find(self, digest: bytes) -> int | None:
         """Return the block that holds ``digest``, with a reference added, or None."""
         block = self._block_of_hash.get(digest)
@@ -108,12 +115,30 @@ class LayerShape:
 
 
 class KVCache:
-    """Storage of all layers: keys and values, each ``[blocks, block_size, kv_heads, head_dim]``."""
+    """Storage of all layers: keys and values, each ``[blocks, block_size, kv_heads, head_dim]``.
+
+    ``by_head``: the layout of the C step, for layers that are all alike: keys ``[blocks, kv_heads, head_dim,
+    block_size]`` and values ``[blocks, kv_heads, block_size, head_dim]``, all layers of a block side by side in memory.
+    A new block then touches one stretch of fresh memory, not one in each layer, which the system has to clear.
+    """
 
     def __init__(
-        self, shapes: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: list[LayerShape],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_head: bool = False,
     ) -> None:
         self.block_size = block_size
+        if by_head:
+            heads, size = shapes[0].kv_heads, shapes[0].key_dim
+            whole = _zeros((blocks, 2 * len(shapes), heads * size * block_size), dtype, device)
+            self.keys = [whole[:, n].view(blocks, heads, size, block_size) for n in range(0, 2 * len(shapes), 2)]
+            self.values = [whole[:, n].view(blocks, heads, block_size, size) for n in range(1, 2 * len(shapes), 2)]
+            return
         self.keys = [_zeros((blocks, block_size, s.kv_heads, s.key_dim), dtype, device) for s in shapes]
         self.values = [_zeros((blocks, block_size, s.kv_heads, s.value_dim), dtype, device) for s in shapes]
 
@@ -123,10 +148,16 @@ class KVCache:
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer: the write after a fork."""
-        source = torch.tensor([c[0] for c in copies], device=self.keys[0].device)
-        target = torch.tensor([c[1] for c in copies], device=self.keys[0].device)
+        source = to_device([c[0] for c in copies], self.keys[0].device)
+        target = to_device([c[1] for c in copies], self.keys[0].device)
         for storage in (*self.keys, *self.values):
             storage.index_copy_(0, target, storage.index_select(0, source))
+
+    def clear(self, blocks: list[int]) -> None:
+        """Fill blocks with zeros, so that what is no number in them spreads to nobody."""
+        index = to_device(blocks, self.keys[0].device)
+        for storage in (*self.keys, *self.values):
+            storage.index_fill_(0, index, 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -5,18 +5,18 @@ Everything goes through transformers and peft with remote code off and safetenso
 """
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,16 +25,22 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from config import logs
 from workers.config import WorkerConfig
+from workers.engine import gguf_codes
 from workers.engine.errors import LoadError
 from workers.engine.lora import ActiveAdapters, install
+from workers.engine.native.weights import Codes
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 Progress = Callable[[float, str], None]
 
 # A GGUF file is unpacked to float32 once and kept, when that takes no more disk than this (bytes).
 UNPACKED_LIMIT = 4 * 1024**3
+CODES_NAME = "codes.st"
+# To be changed with what an unpacked model consists of.
+UNPACKED_FORM = 2
 SEED_OF_NEW_ROWS = 0
 
 
@@ -42,6 +48,9 @@ SEED_OF_NEW_ROWS = 0
 class LoadedModel:
     """``model`` is a causal LM in eval mode on its device; ``tokenizer`` a transformers tokenizer with a fast
     backend.
+
+    ``dtype`` is what it is to be served in. ``codes`` are the quantised weights of the file by parameter name, if the
+    file's own format is wanted; ``model`` then holds the same weights as float32.
     """
 
     model: Any
@@ -50,19 +59,29 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     adapters: ActiveAdapters | None = None
+    codes: dict[str, Codes] = field(default_factory=dict)
+
+    def release_weights(self) -> None:
+        """Give the weights' memory back, for an engine that has its own copy; their shapes stay known."""
+        self.model.to("meta")
+        self.codes.clear()
+        with contextlib.suppress(OSError, AttributeError):
+            # glibc keeps what was freed for itself otherwise.
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     """Load what ``config`` names; ``progress`` (0..1, stage) is called from this thread as the work goes on."""
     transformers.utils.logging.set_verbosity_error()
     # It warns about a cast in every product of every step.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logs.logger("bitsandbytes").setLevel(logging.ERROR)
     progress = _growing(progress)
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"no usable CUDA device for --gpus {config.visible_devices}")
     dtype = choose_dtype(config.dtype, device)
     progress(0.05, "reading the tokenizer")
+    own_format = _wants_own_format(config, device)
     base, options = _source(config, progress)
     model: Any
     with _readable_errors(config.base_model), _weights_progress(progress, 0.2, 0.8, "loading weights"):
@@ -70,13 +89,14 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
         progress(0.2, "loading weights")
         model = AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=dtype,
-            attn_implementation="sdpa",
+            # The unpacked weights of a GGUF are float32 already; of one that is not unpacked they would be too large.
+            dtype=torch.float32 if own_format and not options else dtype,
             trust_remote_code=False,
             use_safetensors=None if "gguf_file" in options else True,
             **_quantization(config, dtype, device),
             **options,
         )
+        codes = _codes(Path(config.base_model), Path(base), model) if own_format else {}
     _fit_vocabulary(model, tokenizer)
     if config.lora_model:
         progress(0.85, "applying the LoRA adapter")
@@ -90,7 +110,24 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
         model = model.to(device)
     model.eval()
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, model.generation_config, dtype, device, adapters)
+    return LoadedModel(model, tokenizer, model.generation_config, dtype, device, adapters, codes)
+
+
+def _wants_own_format(config: WorkerConfig, device: torch.device) -> bool:
+    """Whether the weights are to be served as the GGUF file has them: on the CPU, with nothing said or done to them."""
+    return (
+        Path(config.base_model).is_file()
+        and device.type == "cpu"
+        and config.dtype == "auto"
+        and config.cpu_kernels != "torch"
+        and not (config.quantization or config.lora_model)
+    )
+
+
+def _codes(gguf: Path, directory: Path, model: Any) -> dict[str, Codes]:
+    """Return the file's quantised weights, from ``directory`` where the unpacked model was kept with them."""
+    kept = directory / CODES_NAME
+    return gguf_codes.restore(kept) if kept.exists() else gguf_codes.read_codes(gguf, model)
 
 
 def _growing(progress: Progress) -> Progress:
@@ -133,11 +170,13 @@ def _source(config: WorkerConfig, progress: Progress) -> tuple[str, dict[str, An
 def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | None:
     """Return a safetensors directory with the exact weights of the GGUF file, made now or at an earlier start.
 
+    Beside them lie the file's own codes (`CODES_NAME`).
+
     Reading a GGUF through transformers costs many seconds at each start, most of them in parsing its metadata. None
     when the file is too large to keep unpacked, or the cache directory cannot be written.
     """
     stat = path.stat()
-    name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
+    name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|{UNPACKED_FORM}"
     target = cache_dir / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     if (target / "config.json").exists():
         return target
@@ -156,13 +195,14 @@ def _unpacked_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path | No
             # The copy holds plain float32 weights: nothing about it is GGUF any more.
             del model.config.quantization_config
             model.hf_quantizer = None
+            gguf_codes.save(gguf_codes.read_codes(path, model), partial / CODES_NAME)
             tokenizer.save_pretrained(partial)
             model.save_pretrained(partial)
         partial.rename(target)
     except OSError as error:
         if (target / "config.json").exists():
             return target
-        log.warning("cannot keep the unpacked model in %s: %s", cache_dir, error)
+        log.warning("cannot keep the unpacked model", directory=str(cache_dir), reason=str(error))
         return None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -204,13 +244,16 @@ def _fit_vocabulary(model: Any, tokenizer: Any) -> None:
     """Give the embedding matrix a row for every token, as the demo does; the new rows are the same at every start."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        log.warning("the tokenizer has %d tokens, the embedding matrix %d rows: resized", len(tokenizer), rows)
+        log.warning("the embedding matrix was resized to the tokenizer", tokens=len(tokenizer), rows=rows)
         torch.manual_seed(SEED_OF_NEW_ROWS)
         model.resize_token_embeddings(len(tokenizer))
 
 
 def _apply_lora(model: Any, config: WorkerConfig, dtype: torch.dtype) -> Any:
     """Merge the adapter into the weights; beside quantised weights it stays apart, which is exact."""
+    # Costs 140 MB and seconds of start: for those who have adapters.
+    from peft import PeftModel
+
     assert config.lora_model
     with _readable_errors(config.lora_model, flag="--lora_model"):
         adapted = PeftModel.from_pretrained(model, config.lora_model, torch_dtype=dtype)

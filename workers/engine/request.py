@@ -33,6 +33,29 @@ class Request:
     unwanted: set[int] = field(default_factory=set)
 
 
+def invalid(job: Job, vocab_size: int, max_model_len: int, adapters: frozenset[str]) -> str | None:
+    """Return what of the job this model cannot do, or None."""
+    if not job.prompt:
+        return "the prompt is empty"
+    if min(job.prompt) < 0 or max(job.prompt) >= vocab_size:
+        return f"a token id of the prompt is outside the vocabulary of {vocab_size}"
+    length = len(job.prompt)
+    if isinstance(job, GenerateJob):
+        length += job.max_tokens
+        if job.max_tokens < (1 if job.prompt_logprobs is None else 0):
+            return "max_tokens must be at least 1"
+        if job.beams and job.n > job.beams.num_beams:
+            return "n is larger than num_beams"
+        if job.adapter and job.adapter not in adapters:
+            return f"there is no adapter {job.adapter!r}"
+        ids = [*job.sampling.logit_bias, *job.stop_token_ids]
+        if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+            return f"a token id is outside the vocabulary of {vocab_size}"
+    if length > max_model_len:
+        return f"prompt and max_tokens are {length} tokens, the context is {max_model_len}"
+    return None
+
+
 def ending(sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs]) -> Output | None:
     """Return the last output of the choice, with the new tokens ``ids``, when its last token ends it; else None."""
     job = sequence.job

@@ -10,9 +10,11 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
+from workers.engine.flat_batch import Computed, Step
 from workers.engine.grammar import allowed_tokens
 from workers.engine.noise import draw_key, gumbel_noise
 from workers.engine.sequence import Sequence
+from workers.engine.transfer import to_device
 from workers.messages import GenerateJob, SamplingParams
 
 # Tokens with equal logits share the last place of top_k, as in transformers; so many of them are looked at.
@@ -33,7 +35,37 @@ def _padded_ids(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
         target[len(row) :] = row[0]
-    return torch.from_numpy(out).to(device)
+    return to_device(out, device)
+
+
+@torch.inference_mode()
+def next_tokens(step: Step, result: Computed, rows: list[int], sequences: Rows[Sequence]) -> list[int]:
+    """Return the next token of each sequence from its row of ``result``; -1 where a logit is not finite.
+
+    The likeliest tokens are known already; only rows that change their logits or draw need more.
+    """
+    whole = rows == list(range(len(result.best)))
+    tokens = result.best if whole else result.best[to_device(rows, result.best.device)]
+    others = [n for n, sequence in enumerate(sequences) if not sequence.is_plain]
+    if others:
+        own = [sequences[n] for n in others]
+        used = [rows[n] for n in others]
+        # Whoever asks for scores, or fails and is asked again, wants the logits as they were; choices of one request
+        # share a row.
+        kept = len(used) < len(result.best) or len(set(used)) < len(used) or any(_needs_logits(s) for s in sequences)
+        scores = result.logits[to_device(used, result.logits.device)] if kept else result.logits
+        process_logits(scores, own)
+        index = to_device(others, scores.device)
+        chosen = step.sample(scores, own)
+        tokens = tokens.clone()
+        tokens[index] = torch.where(tokens[index] < 0, -1, chosen)
+    out: list[int] = tokens.tolist()
+    return out
+
+
+def _needs_logits(sequence: Sequence) -> bool:
+    asks_scores = isinstance(sequence.job, GenerateJob) and sequence.job.logprobs is not None
+    return asks_scores or sequence.matcher is not None
 
 
 def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
@@ -45,14 +77,14 @@ def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
     device = scores.device
     for row, p in enumerate(params):
         if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=device)
-            scores[row, ids] += torch.tensor(list(p.logit_bias.values()), dtype=scores.dtype, device=device)
+            ids = to_device(list(p.logit_bias), device)
+            scores[row, ids] += to_device(list(p.logit_bias.values()), device, scores.dtype)
 
     repeated = [r for r, p in enumerate(params) if p.repetition_penalty != 1.0]
     if repeated:
         ids = _padded_ids([sequences[r].ids[: sequences[r].length] for r in repeated], device)
-        penalty = torch.tensor([[params[r].repetition_penalty] for r in repeated], device=device)
-        rows = torch.tensor(repeated, device=device)[:, None]
+        penalty = _column([params[r].repetition_penalty for r in repeated], device)
+        rows = to_device(repeated, device)[:, None]
         seen = scores[rows, ids]
         scores[rows, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
 
@@ -63,7 +95,7 @@ def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
         output = sequences[r].ids[sequences[r].prompt_length : sequences[r].length]
         unique, counts = np.unique(output, return_counts=True)
         amount = params[r].frequency_penalty * counts + params[r].presence_penalty
-        scores[r, torch.from_numpy(unique).to(device)] -= torch.from_numpy(amount).to(device, scores.dtype)
+        scores[r, to_device(unique, device)] -= to_device(amount, device, scores.dtype)
 
     for r, sequence in enumerate(sequences):
         job = sequence.job
@@ -74,13 +106,15 @@ def process_logits(scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
             if stop and bool(allowed.sum() > allowed[stop].sum()):
                 # The grammar knows a way on; where it knows none, a shorter text is better than a wrong one.
                 allowed[stop] = False
-            scores[r].masked_fill_(~allowed.to(device), -torch.inf)
+            scores[r].masked_fill_(to_device(~allowed.numpy(), device, torch.bool), -torch.inf)
         elif stop:
-            scores[r, stop] = -torch.inf
+            scores[r, to_device(stop, device)] = -torch.inf
 
 
-def sample(scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Return the next token of each row. ``scores``: processed logits, float32 ``[rows, vocab]``; overwritten."""
+def sample(scores: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+    """Return the next token of each row, int64 ``[rows]``. ``scores``: processed logits, float32 ``[rows, vocab]``;
+    overwritten.
+    """
     params = [_params(s) for s in sequences]
     tokens = scores.argmax(dim=-1)
     limited = [r for r, p in enumerate(params) if p.temperature > 0 and 0 < p.top_k < scores.shape[1]]
@@ -93,25 +127,23 @@ def sample(scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     for rows, draw in ((limited, _draw_top_k), (sorted_, _draw_nucleus), (whole, _draw_whole)):
         if rows:
             chosen = [params[r] for r in rows]
-            index = torch.tensor(rows, device=scores.device)
+            index = to_device(rows, scores.device)
             part = scores if len(rows) == len(params) else scores[index]
             part = part / _column([p.temperature for p in chosen], scores.device)
-            keys = _column(
-                [draw_key(params[r].seed, sequences[r].choice, sequences[r].output_length) for r in rows], scores.device
-            )
+            drawn = [draw_key(params[r].seed, sequences[r].choice, sequences[r].output_length) for r in rows]
+            keys = _column(drawn, scores.device, torch.int64)
             tokens[index] = draw(part, chosen, keys)
-    out: list[int] = tokens.tolist()
-    return out
+    return tokens
 
 
-def _column(values: list[float] | list[int], device: torch.device) -> torch.Tensor:
-    """Return ``values`` as ``[rows, 1]``: int64 for ints, float32 for floats."""
-    return torch.tensor(values, device=device)[:, None]
+def _column(values: list[float] | list[int], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return ``values`` as ``[rows, 1]``."""
+    return to_device(values, device, dtype)[:, None]
 
 
 def _draw_top_k(scores: torch.Tensor, params: list[SamplingParams], keys: torch.Tensor) -> torch.Tensor:
     """Draw where every row has a top_k."""
-    top_k = _column([p.top_k for p in params], scores.device)
+    top_k = _column([p.top_k for p in params], scores.device, torch.int64)
     width = min(max(p.top_k for p in params) + TIES, scores.shape[1])
     logits, ids = torch.topk(scores, width)
     logits = logits.masked_fill(logits < logits.gather(1, top_k - 1), -torch.inf)
@@ -124,7 +156,7 @@ def _draw_nucleus(scores: torch.Tensor, params: list[SamplingParams], keys: torc
     if all(p.typical_p >= 1 for p in params) and scores.shape[1] > NUCLEUS:
         logits, ids = torch.topk(scores, NUCLEUS)
         mass = (logits - total).exp().sum(dim=-1)
-        if bool((mass >= torch.tensor([p.top_p for p in params], device=scores.device)).all()):
+        if bool((mass >= _column([p.top_p for p in params], scores.device)[:, 0]).all()):
             return _draw_sorted(logits, ids, total, params, keys)
     logits, ids = torch.sort(scores, dim=-1, descending=True)
     return _draw_sorted(logits, ids, total, params, keys)

@@ -10,17 +10,26 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from workers.engine.ceiling import Ceiling
 from workers.engine.errors import OutOfBlocks
 from workers.engine.kv_cache import BlockPool
 from workers.engine.sequence import Sequence, State
 from workers.messages import EmbedJob, GenerateJob
 
-# Below this many tokens a slice of a prompt is not worth a pass of its own.
+# Below this many tokens a slice of a prompt is not worth a pass of its own; beside others that decode it needs none.
 SMALLEST_CHUNK = 16
+SMALLEST_EXTRA = 4
 # With nobody waiting for a next token a slice may be this many times longer: fewer passes, better use of the hardware.
 IDLE_FACTOR = 4
 # No slice should take longer than this (seconds): cancellations wait for it, and the pool takes silence for death.
 LONGEST_SLICE_S = 0.5
+# While others wait for their next token, a slice may take this many times as long as their step, and more where more
+# sequences wait for their first token than for their next.
+SLICE_PER_STEP = 0.6
+# So short a slice (seconds) disturbs nobody.
+SHORTEST_SLICE_S = 0.005
+# Weight of the newest measurement in what is known about speed.
+LEARNING_RATE = 0.3
 
 
 @dataclass(frozen=True)
@@ -49,26 +58,44 @@ class Scheduler:
         self.pool = pool
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
+        self.ceiling = Ceiling(max_batch, prefill_chunk * IDLE_FACTOR)
+        self.preemptions = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        # Measured; 0 while unknown.
         self._seconds_per_token = 0.0
+        self._step_seconds = 0.0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def note_pass(self, tokens: int, seconds: float) -> None:
-        """Learn from a pass how fast prompts can be read here, so that slices keep to `LONGEST_SLICE_S`."""
-        if tokens >= SMALLEST_CHUNK:
-            measured = seconds / tokens
-            known = self._seconds_per_token or measured
-            self._seconds_per_token = known + 0.3 * (measured - known)
+    def expect(self, seconds_per_token: float) -> None:
+        """Say how fast prompts will be read, until passes have been measured."""
+        self._seconds_per_token = seconds_per_token
 
-    def _slice_budget(self, idle: bool) -> int:
-        """Return how many prompt tokens the next pass may carry."""
+    def note_pass(self, batch: list[Scheduled], seconds: float) -> None:
+        """Learn from a pass how long a step of the running sequences takes and how fast prompts are read beside it."""
+        if self.ceiling.lowered:
+            self.ceiling.note_quiet_pass()
+        prompt_tokens = sum(item.tokens for item in batch if item.tokens > 1)
+        rows = len(batch) - sum(item.tokens > 1 for item in batch)
+        if not prompt_tokens:
+            self._step_seconds = _learned(self._step_seconds, seconds)
+        elif prompt_tokens >= SMALLEST_EXTRA:
+            own = seconds - (self._step_seconds if rows else 0.0)
+            self._seconds_per_token = _learned(self._seconds_per_token, max(own, 0.1 * seconds) / prompt_tokens)
+
+    def _slice_budget(self, reading: int, decoding: int) -> int:
+        """Return how many prompt tokens the next pass may carry, for ``reading`` sequences beside ``decoding`` ones."""
+        idle = not decoding
         budget = self.prefill_chunk * IDLE_FACTOR if idle else self.prefill_chunk
         if self._seconds_per_token:
-            budget = min(budget, int(LONGEST_SLICE_S / self._seconds_per_token))
-        return max(budget, SMALLEST_CHUNK)
+            longest = LONGEST_SLICE_S
+            if not idle and self._step_seconds:
+                share = SLICE_PER_STEP * (1 + reading / decoding)
+                longest = min(longest, max(share * self._step_seconds, SHORTEST_SLICE_S))
+            budget = min(budget, int(longest / self._seconds_per_token))
+        return min(max(budget, SMALLEST_CHUNK if idle else SMALLEST_EXTRA), self.ceiling.tokens)
 
     def never_fits(self, job: GenerateJob | EmbedJob) -> str | None:
         """Return why the job could not be served even alone, or None."""
@@ -89,13 +116,16 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Return the next pass: decoding sequences first, then slices of prompts. Empty when nothing can run."""
+        if len(self.running) > self.ceiling.rows:
+            self._shed()
         batch = self._schedule_decodes()
         self._admit()
         reading = [s for s in self.running if s.pending > 1 or (s.pending == 1 and s.fresh)]
-        budget = self._slice_budget(idle=not batch)
+        budget = self._slice_budget(len(reading), len(batch))
+        smallest = SMALLEST_EXTRA if batch else SMALLEST_CHUNK
         for left, sequence in zip(range(len(reading), 0, -1), reading, strict=True):
             # Equal shares: a short prompt is not stuck behind a long one.
-            tokens = min(sequence.pending, max(SMALLEST_CHUNK, budget // left), budget)
+            tokens = min(sequence.pending, max(smallest, budget // left), budget)
             if tokens <= 0:
                 break
             try:
@@ -129,7 +159,9 @@ class Scheduler:
         rows = sum(rows_of(s) for s in self.running)
         # One block per running row stays free, or the newcomer would soon be thrown out again.
         reserve = len(self.running)
-        while self.waiting and rows + rows_of(self.waiting[0]) <= self.max_batch:
+        most = self.ceiling.rows
+        # Who needs more rows than there may be now runs alone: `never_fits` has seen to it that that is possible.
+        while self.waiting and (rows + rows_of(self.waiting[0]) <= most or not self.running):
             sequence = self.waiting[0]
             sequence.cached_tokens = sequence.take_cached_prefix(self.pool)
             if self.pool.free < sequence.blocks_needed(sequence.pending, self.pool.block_size) + reserve:
@@ -142,13 +174,26 @@ class Scheduler:
             rows += rows_of(sequence)
             reserve += sequence.blocks_needed(sequence.pending, self.pool.block_size) + 1
 
+    def _shed(self) -> None:
+        """Preempt who came last, until no more run than may. Beams stay together, though they be more than that."""
+        while len(self.running) > self.ceiling.rows:
+            victim = self.running[-1]
+            if len(self._family(victim)) == len(self.running):
+                return
+            self.preempt(victim)
+
+    def _family(self, sequence: Sequence) -> list[Sequence]:
+        """Return the sequence, or all beams of its search."""
+        if isinstance(sequence.job, GenerateJob) and sequence.job.beams:
+            return [s for s in self.running if s.job is sequence.job]
+        return [sequence]
+
     def preempt(self, victim: Sequence) -> None:
         """Take the victim's blocks; it waits at the head of the queue. Beams of one search go together, from the
         start.
         """
-        family = [victim]
-        if isinstance(victim.job, GenerateJob) and victim.job.beams:
-            family = [s for s in self.running if s.job is victim.job]
+        self.preemptions += 1
+        family = self._family(victim)
         for sequence in family:
             sequence.release_blocks(self.pool)
             sequence.state = State.WAITING
@@ -176,3 +221,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.release_blocks(self.pool)
         sequence.state = State.FINISHED
+
+
+def _learned(known: float, measured: float) -> float:
+    return known + LEARNING_RATE * (measured - known) if known else measured

@@ -52,9 +52,13 @@ class Sequence:
         # Sum of the last hidden states so far, for an embedding job only: float32 [hidden_size].
         self.hidden_sum: torch.Tensor | None = None
 
+        self.is_embedding = isinstance(job, EmbedJob)
+        self._plain = isinstance(job, GenerateJob) and _takes_likeliest(job)
+
     @property
-    def is_embedding(self) -> bool:
-        return isinstance(self.job, EmbedJob)
+    def is_plain(self) -> bool:
+        """Whether the next token is simply the likeliest one."""
+        return self._plain and self.matcher is None
 
     @property
     def pending(self) -> int:
@@ -163,3 +167,10 @@ class Sequence:
             previous = self._hashes[-1] if at else self._salt
             self._hashes.append(chain_hash(previous, self.ids[at * size : (at + 1) * size]))
         return self._hashes[index]
+
+
+def _takes_likeliest(job: GenerateJob) -> bool:
+    """Whether nothing but a grammar can keep the job from the likeliest token."""
+    p = job.sampling
+    changed = p.logit_bias or p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty or job.min_tokens
+    return p.temperature == 0 and not changed

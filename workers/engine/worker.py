@@ -1,6 +1,6 @@
 """The generation loop of a model worker: take orders, step, report."""
 
-import logging
+import gc
 import os
 import queue
 import time
@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 from llguidance import LLMatcher
 
+from config import logs
 from workers.config import WorkerConfig
 from workers.engine.build import build
 from workers.engine.card import publish, stop_token_ids
 from workers.engine.engine import Engine
-from workers.engine.errors import GrammarError, LoadError
+from workers.engine.errors import GrammarError, LoadError, OutOfMemory
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.loader import load
-from workers.messages import Cancel, Failed, Fatal, GenerateJob, Loading, Order, Ready, Report
+from workers.engine.native.step import NativeStep
+from workers.engine.recovery import no_memory
+from workers.messages import Cancel, Cancelled, Failed, Fatal, GenerateJob, Loading, Order, Ready, Report
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 Emit = Callable[[list[Report]], None]
 
@@ -35,7 +38,7 @@ class Compiled:
     """A job that comes back from the grammar compiler, with what it made of the job's grammar."""
 
     job: GenerateJob
-    result: LLMatcher | GrammarError
+    result: LLMatcher | GrammarError | OutOfMemory
 
 
 Inbox = queue.SimpleQueue[Order | Compiled | None]
@@ -49,9 +52,15 @@ def run(config: WorkerConfig, inbox: Inbox, emit: Emit) -> None:
         emit([Loading(progress=0.9, stage="checking the model")])
         engine = build(loaded, config)
         card = publish(loaded, config, engine.max_model_len)
+        if isinstance(engine.model_step, NativeStep):
+            loaded.release_weights()
+            engine.model_step.fetch_memory()
     except LoadError as error:
         emit([Fatal(message=str(error))])
         return
+    # What exists now lives as long as the process: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     emit([Ready(card_path=str(card))])
     ServingLoop(engine, GrammarCompiler(loaded.tokenizer, engine.vocab_size, stop_token_ids(loaded)), inbox, emit).run()
 
@@ -109,11 +118,17 @@ class ServingLoop:
             if order.job.id not in self._compiling:
                 return []
             self._compiling.remove(order.job.id)
+            if isinstance(order.result, OutOfMemory):
+                return [no_memory(order.job.id)]
             if isinstance(order.result, GrammarError):
-                return [Failed(id=order.job.id, kind="invalid", message=f"the grammar cannot be used: {order.result}")]
+                error = order.result
+                message = f"the grammar cannot be used: {error}"
+                return [Failed(id=order.job.id, kind="invalid", message=message, cause="grammar", line=error.line)]
             return self._engine.submit(order.job, order.result)
         if isinstance(order, Cancel) and order.choice is None:
             self._compiling.discard(order.id)
+            if order.confirm:
+                return [*self._engine.submit(order), Cancelled(id=order.id)]
         if isinstance(order, GenerateJob) and order.grammar is not None:
             self._compiling.add(order.id)
             self._executor.submit(self._compile, order)
@@ -126,8 +141,11 @@ class ServingLoop:
             self._inbox.put(Compiled(job, self._compiler.compile(job.grammar)))
         except GrammarError as error:
             self._inbox.put(Compiled(job, error))
+        except MemoryError as error:
+            log.error("no memory for a grammar", job=job.id, reason=str(error))
+            self._inbox.put(Compiled(job, OutOfMemory(str(error))))
         except Exception as error:
-            log.exception("the grammar compiler failed")
+            log.exception("the grammar compiler failed", job=job.id)
             self._inbox.put(Compiled(job, GrammarError(type(error).__name__)))
 
 

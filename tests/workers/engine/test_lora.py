@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tests.workers.engine.tiny import drain, ids_of, job, prompts, reference, tiny_model, tiny_tokenizer
+from tests.workers.engine.tiny import CACHE, drain, ids_of, job, prompts, reference, tiny_model, tiny_tokenizer
 from workers.config import WorkerConfig
 from workers.engine.build import build
 from workers.engine.errors import LoadError
@@ -38,14 +38,15 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config(directory: Path, **adapters: str) -> WorkerConfig:
+def config(directory: Path, kernels: Any = "auto", **adapters: str) -> WorkerConfig:
     return WorkerConfig(
+        cpu_kernels=kernels,
         base_model=str(directory / "base"),
         dtype="float32",
         adapters=adapters,
         prefill_chunk=16,
         runtime_dir=str(directory / "run"),
-        cache_dir=str(directory / "cache"),
+        cache_dir=str(CACHE),
     )
 
 
@@ -53,8 +54,9 @@ def silent(_progress: float, _stage: str) -> None:
     pass
 
 
-def test_adapters_and_the_base_share_a_batch_and_each_is_exact(directory: Path) -> None:
-    settings = config(directory, first=str(directory / "one"), **{"a.second": str(directory / "two")})
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_adapters_and_the_base_share_a_batch_and_each_is_exact(directory: Path, kernels: str) -> None:
+    settings = config(directory, kernels, first=str(directory / "one"), **{"a.second": str(directory / "two")})
     engine = build(load(settings, silent), settings)
     models = {
         "": tiny_model("llama"),

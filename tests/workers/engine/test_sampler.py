@@ -12,6 +12,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from tests.workers.engine.tiny import tiny_engine, tiny_model
 from workers.engine import sampler
 from workers.engine.noise import draw_key, gumbel_noise
 from workers.engine.sequence import Sequence
@@ -77,8 +78,8 @@ def test_equal_logits_at_the_border_of_top_k_all_stay() -> None:
     logits[:3] = 2.0
     logits[3:9] = 1.0
     rows = [sequence(SamplingParams(top_k=5), c) for c in range(2000)]
-    drawn = set(sampler.sample(logits.repeat(2000, 1), rows))
-    assert drawn == set(range(9))
+    for draw in (lambda *a: sampler.sample(*a).tolist(), CompiledDraws()):
+        assert set(draw(logits.repeat(2000, 1), rows)) == set(range(9))
 
 
 def test_the_noise_is_standard_gumbel_and_a_pure_function_of_its_key() -> None:
@@ -91,3 +92,39 @@ def test_the_noise_is_standard_gumbel_and_a_pure_function_of_its_key() -> None:
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - np.pi**2 / 6) < 0.03
     assert len({draw_key(1, c, t) for c in range(100) for t in range(100)}) == 10_000
+
+
+class CompiledDraws:
+    """The compiled step's sampler without a model around it."""
+
+    def __init__(self) -> None:
+        self._step = tiny_engine(tiny_model(), cpu_kernels="compiled").model_step
+
+    def __call__(self, scores: torch.Tensor, rows: list[Sequence]) -> list[int]:
+        tokens: list[int] = self._step.sample(scores, rows).tolist()
+        return tokens
+
+
+MORE_CASES = {
+    **CASES,
+    "nearly everything": SamplingParams(temperature=3.0, top_p=0.999),
+    "one token": SamplingParams(temperature=0.5, top_k=1),
+    "all tokens": SamplingParams(temperature=0.5, top_k=10**6),
+    "greedy": SamplingParams(temperature=0),
+    "cold": SamplingParams(temperature=0.01),
+    "typical of few": SamplingParams(temperature=1.0, typical_p=0.9, top_k=30),
+}
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 3000, 20_011])
+def test_the_compiled_sampler_draws_the_same_tokens(vocab: int) -> None:
+    compiled = CompiledDraws()
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(7)) * 2.5
+    # What grammars leave behind: impossible tokens.
+    logits[5:10, vocab // 50 :] = -torch.inf
+    logits[15, :] = -torch.inf
+    logits[15, 17] = 0.0
+    for name, params in MORE_CASES.items():
+        rows = [sequence(params, c) for c in range(40)]
+        expected = sampler.sample(logits.clone(), rows).tolist()
+        assert compiled(logits.clone(), rows) == expected, name

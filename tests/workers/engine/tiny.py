@@ -1,5 +1,8 @@
 """Tiny random models of several families, and a driver that runs an engine to its end."""
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ EOS = 7
 
 SMALL = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -34,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 4},
     "llama-gqa-tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
-    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
     "mistral-window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 9},
     "gemma2": {
         "model_type": "gemma2",
@@ -62,9 +65,18 @@ def tiny_model(family: str = "llama-gqa-tied", seed: int = 0, **changes: Any) ->
     return model.eval()
 
 
+# What `tiny_engine` computes with unless told otherwise; the fixture `kernels` changes it.
+KERNELS = "auto"
+# Families that the compiled kernels compute.
+COMPILED = ("llama", "llama-gqa-tied", "qwen2", "qwen3", "mistral-window")
+# The compiled library is kept over test runs, as it is over starts of the server.
+CACHE = Path(tempfile.gettempdir()) / f"tailrace-test-kernels-{os.getuid()}"
+
+
 def tiny_engine(model: Any, **config: Any) -> Engine:
     """Return an engine over ``model``; ``config`` are `WorkerConfig` fields."""
-    defaults = {"base_model": "tiny", "runtime_dir": "", "cache_dir": "", "max_batch": 32, "prefill_chunk": 16}
+    defaults = {"base_model": "tiny", "runtime_dir": "", "cache_dir": str(CACHE), "max_batch": 32, "prefill_chunk": 16}
+    defaults["cpu_kernels"] = KERNELS
     settings = WorkerConfig(**{**defaults, **config})
     loaded = LoadedModel(model, None, model.generation_config, torch.float32, torch.device("cpu"))
     return build(loaded, settings)
@@ -80,6 +92,16 @@ def drain(engine: Engine, orders: list[Order] | None = None, limit: int = 5000) 
             return reports
         reports += engine.step()
     raise AssertionError(f"the engine still has work after {limit} steps")
+
+
+def join_and_leave(engine: Engine, orders: list[Order]) -> list[Report]:
+    """Submit ``orders`` three steps apart, so that passes of all sizes come, and step until nothing is left."""
+    reports: list[Report] = []
+    for order in orders:
+        reports += engine.submit(order)
+        for _ in range(3):
+            reports += engine.step()
+    return reports + drain(engine)
 
 
 def ids_of(reports: list[Report], job_id: str, choice: int = 0) -> list[int]:
