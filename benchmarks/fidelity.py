@@ -286,9 +286,35 @@ def sampled_modes(subject: Subject, draws: int) -> Iterator[Row]:
         yield Row(subject.name, f"sampled, {name}", draws, draws if good else 0, note)
 
 
-def tiny_subject(family: str, quick: bool) -> Subject:
+TEXTS = [
+    "What is the capital of France?",
+    "如何制作个人网站?",
+    "Write a haiku about rivers. 🌊",
+    "List three prime numbers.",
+    "Explain gravity to a child.",
+    "Translate to Chinese: good morning",
+    "def fibonacci(n):",
+    "Who wrote Hamlet?",
+    "请你介绍一下中国的首都",
+    "Name a fruit that is yellow.",
+]
+
+
+def prompts_of(tokenizer: Any) -> list[list[int]]:
+    """Return `TEXTS` as chat prompts."""
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
+        for t in TEXTS
+    ]
+    return [tokenizer(text).input_ids for text in rendered]
+
+
+def tiny_subject(family: str, quick: bool, kernels: str = "auto") -> Subject:
+    """A random model of a family; ``kernels`` as `--cpu_kernels`."""
     prompts = tiny.prompts(4 if quick else 20, seed=31)
-    return Subject(family, tiny.tiny_model(family), tiny.tiny_engine(tiny.tiny_model(family)), prompts, [tiny.EOS], 24)
+    engine = tiny.tiny_engine(tiny.tiny_model(family), cpu_kernels=kernels)
+    name = family if kernels == "auto" else f"{family}, {kernels}"
+    return Subject(name, tiny.tiny_model(family), engine, prompts, [tiny.EOS], 24)
 
 
 def real_subject(base_model: str, quick: bool) -> Subject:
@@ -298,26 +324,8 @@ def real_subject(base_model: str, quick: bool) -> Subject:
     config = WorkerConfig(base_model=base_model, dtype="float32", runtime_dir=str(scratch), cache_dir=str(cache))
     reference = load(config, lambda _p, _s: None)
     served = load(config, lambda _p, _s: None)
-    texts = [
-        "What is the capital of France?",
-        "如何制作个人网站?",
-        "Write a haiku about rivers. 🌊",
-        "List three prime numbers.",
-        "Explain gravity to a child.",
-        "Translate to Chinese: good morning",
-        "def fibonacci(n):",
-        "Who wrote Hamlet?",
-        "请你介绍一下中国的首都",
-        "Name a fruit that is yellow.",
-    ]
-    tokenizer = reference.tokenizer
-    prompts = [
-        tokenizer(
-            tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
-        ).input_ids
-        for t in texts[: 3 if quick else None]
-    ]
-    stop = [tokenizer.eos_token_id]
+    prompts = prompts_of(reference.tokenizer)[: 3 if quick else None]
+    stop = [reference.tokenizer.eos_token_id]
     return Subject(Path(base_model).stem, reference.model, build(served, config), prompts, stop, 12 if quick else 32)
 
 
@@ -326,8 +334,11 @@ def rows(base_model: str | None, quick: bool) -> Iterator[Row]:
     subjects: list[Callable[[], Subject]] = []
     if base_model:
         subjects.append(lambda: real_subject(base_model, quick))
-    families = ["llama-gqa-tied"] if quick else sorted(tiny.FAMILIES)
-    subjects += [lambda f=f: tiny_subject(f, quick) for f in families]  # type: ignore[misc]
+    families = [("llama-gqa-tied", "compiled")]
+    if not quick:
+        families = [(family, "torch") for family in sorted(tiny.FAMILIES)]
+        families += [(family, "compiled") for family in tiny.COMPILED]
+    subjects += [lambda f=f, k=k: tiny_subject(f, quick, k) for f, k in families]  # type: ignore[misc]
     for make in subjects:
         subject = make()
         yield from token_modes(subject, quick)
