@@ -3,20 +3,66 @@
 It never imports torch or transformers; the model lives in other processes (``workers/``).
 """
 
-import re
+import time
+from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 from flask import Flask, Response, g, request
 
-from app.api import chat, completions, embeddings, health, models
-from app.api.errors import register_error_handlers
-from app.api.service import Service, new_id, service, warnings_header
+from app.api import chat, completions, embeddings, health, life, metrics, models, scoring, stored, streams
+from app.api.keeping import close_store
+from app.api.messages import routes as messages
+from app.api.reference import routes as reference
+from app.api.responses import routes as responses
+from app.api.responses.running import background_work
+from app.api.service import Service, service, warnings_header
+from app.api.status import routes as status
+from app.door.gate import guest_of
+from app.door.keys import PAGES
+from app.door.visitor import VisitorsAnswer
+from app.errors import as_api_error, register_error_handlers
+from app.text.errors import ShuttingDown
 from config import settings as configuration
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+# What is still answered while the service stops: whoever watches over it shall see how that goes.
+WHILE_STOPPING = PAGES | {"/livez", "/readyz", "/health", "/metrics"}
 
 
 class Application(Flask):
-    """A Flask application that can be told to come to an end."""
+    """A Flask application behind a door, that can be told to come to an end."""
+
+    def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        """Answer one request, if the door lets it in: nothing of the application sees one that was not let in."""
+        owner: Service = self.extensions["tailrace"]
+        refusal = owner.door.look(environ)
+        guest = guest_of(environ)
+        if refusal is None and owner.draining and environ["PATH_INFO"] not in WHILE_STOPPING:
+            refusal = owner.door.refuse(as_api_error(ShuttingDown()), environ)
+        if refusal is not None:
+            owner.meter.refused_at_door(environ["REQUEST_METHOD"], refusal.status_code)
+            life.refused_at_door(environ["REQUEST_METHOD"], refusal.status_code, known=bool(guest.owner))
+            guest.leave()
+            return refusal(environ, start_response)
+        try:
+            answer = super().wsgi_app(environ, start_response)
+        except BaseException:
+            guest.leave()
+            raise
+        return VisitorsAnswer(answer, guest)
+
+    def handle_user_exception(self, e: Exception) -> Any:
+        """Count what a request fails for; the answer is made by `app.errors`."""
+        owner: Service = self.extensions["tailrace"]
+        owner.meter.failed(e, g.get("stream"))
+        return super().handle_user_exception(e)
+
+    def refuse_requests(self) -> None:
+        """Answer every new request 503, but for those that watch over the service; what runs goes on.
+
+        For the HTTP worker, when the service stops; may be called any number of times, and never blocks.
+        """
+        owner: Service = self.extensions["tailrace"]
+        owner.draining = True
 
     def end_streams(self) -> None:
         """Take no more requests and end those that are open with an error that their clients can see; never blocks.
@@ -25,6 +71,17 @@ class Application(Flask):
         """
         owner: Service = self.extensions["tailrace"]
         owner.drain(0)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something goes on that no client waits for: responses in the background."""
+        return bool(background_work(self.extensions))
+
+    def close(self) -> None:
+        """Give the files back, as the last thing."""
+        close_store(self.extensions)
+        owner: Service = self.extensions["tailrace"]
+        owner.meter.close()
 
 
 def create_app(settings: configuration.Settings | None = None) -> Application:
@@ -37,23 +94,30 @@ def create_app(settings: configuration.Settings | None = None) -> Application:
     app.url_map.merge_slashes = False
     owner = Service(settings or configuration.load())
     app.extensions["tailrace"] = owner
-    for blueprint in (chat, completions, embeddings, models, health):
-        app.register_blueprint(blueprint.blueprint)
+    for part in (chat, completions, embeddings, messages, responses, stored, streams, models, scoring):
+        app.register_blueprint(part.blueprint)
+    for part in (reference, health, metrics, status):
+        app.register_blueprint(part.blueprint)
     register_error_handlers(app)
     app.before_request(_name_request)
     app.after_request(_finish_response)
     app.teardown_request(_release)
     owner.pool.start()
+    owner.meter.start()
     return app
 
 
 def _name_request() -> None:
-    asked = request.headers.get("X-Request-Id", "")
-    g.request_id = asked if _REQUEST_ID.fullmatch(asked) else new_id("req_")
+    g.request_id = guest_of(request.environ).request_id
+    g.begun = time.monotonic()
 
 
 def _finish_response(response: Response) -> Response:
-    response.headers["X-Request-Id"] = g.request_id
+    owner = service()
+    rule = request.url_rule
+    owner.meter.http_request(None if rule is None else rule.rule, request.method, response.status_code)
+    life.answered(response, g.get("begun", 0.0))
+    owner.door.dress(response, guest_of(request.environ))
     warnings = warnings_header()
     if warnings is not None:
         response.headers["X-Tailrace-Warnings"] = warnings

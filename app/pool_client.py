@@ -6,8 +6,8 @@ never waits. When the pool goes away every open request gets an error at once, a
 pauses, by path: a new pool listens at the same place.
 """
 
-import logging
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,124 +17,36 @@ import gevent
 from gevent import socket
 from gevent.event import Event as Signal
 
-from app.text.errors import JobFailed, PoolUnavailable, ReaderTooSlow
+from app.pool_stream import Stream
+from app.text.errors import JobFailed, PoolUnavailable
 from app.text.offload import give_way
+from app.timings import Timings
+from config import logs
 from workers.messages import (
-    Cancel,
     ClientMessage,
-    Embedded,
-    Event,
     Events,
     Failed,
-    GenerateJob,
-    Job,
-    Output,
     PoolMessage,
     PoolStatus,
     StatusQuery,
 )
-from workers.wire import Decoder, WireError, encode
+from workers.wire import READ_BYTES, Decoder, WireError, encode
 
-log = logging.getLogger("tailrace.app")
+log = logs.logger("tailrace.app")
 
-READ_BYTES = 256 * 1024
-FIRST_PAUSE_S = 0.05
-LONGEST_PAUSE_S = 2.0
+# To try costs next to nothing, and until it works every request gets a 503.
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.2
+# For so long after the pool went away (or this process began) requests wait for it: it may be on its way back.
+COMEBACK_S = 3.0
 CONNECT_TIMEOUT_S = 2.0
 # What may wait to be written to a pool that does not read.
 MAX_OUTBOX_BYTES = 64 * 1024 * 1024
 # What may wait for a client that does not read; at a few hundred bytes each about 1 MiB.
 MAX_PENDING_EVENTS = 8192
-# How long the reader may dispatch before other greenlets get their turn.
+# How long the reader may dispatch before other greenlets get their turn, and how many events are a frame's work.
 FRAMES_PER_TURN = 64
-
-
-class Stream:
-    """The events of one request, which may have several jobs. Always close it: that cancels what is unfinished."""
-
-    def __init__(self, client: "PoolClient", max_pending: int) -> None:
-        self._client = client
-        self._max_pending = max_pending
-        self._events: deque[Event] = deque()
-        self._signal = Signal()
-        self._error: BaseException | None = None
-        # For each unfinished job the choices that are still growing.
-        self._open: dict[str, set[int]] = {}
-
-    def submit(self, job: Job) -> None:
-        """Hand a job to the pool. Raises `PoolUnavailable` if there is none, or what `abort` was given."""
-        if self._error is not None:
-            raise self._error
-        self._client._submit(job, self)
-        self._open[job.id] = set(range(job.n)) if isinstance(job, GenerateJob) else {0}
-
-    def get(self, timeout: float | None = None) -> list[Event]:
-        """Return all events that have come, waiting for the first; [] after ``timeout`` seconds without one.
-
-        Raises what `abort` was given, or `ReaderTooSlow` if they were not taken for too long.
-        """
-        if self._error is None and not self._events:
-            self._signal.clear()
-            self._signal.wait(timeout)
-        if self._error is not None:
-            raise self._error
-        events = list(self._events)
-        self._events.clear()
-        return events
-
-    def unget(self, events: list[Event]) -> None:
-        """Give ``events`` back, to be the next ones."""
-        self._events.extendleft(reversed(events))
-
-    def end_choice(self, job_id: str, choice: int) -> None:
-        """No more tokens of this choice are wanted."""
-        growing = self._open.get(job_id)
-        if growing is None or choice not in growing:
-            return
-        growing.discard(choice)
-        if growing:
-            self._client._send(Cancel(id=job_id, choice=choice))
-        else:
-            self._end_job(job_id)
-
-    def abort(self, error: BaseException) -> None:
-        """Cancel everything; whoever waits in `get` gets ``error``."""
-        if self._error is None:
-            self._error = error
-        self.close()
-        self._signal.set()
-
-    def close(self) -> None:
-        """Cancel every job that is not finished. May be called at any time, any number of times; never waits."""
-        for job_id in list(self._open):
-            self._end_job(job_id)
-
-    def _end_job(self, job_id: str) -> None:
-        if self._open.pop(job_id, None) is not None:
-            self._client._forget(job_id)
-            self._client._send(Cancel(id=job_id))
-
-    def _put(self, event: Event) -> None:
-        """Called by the client's reader."""
-        if len(self._events) >= self._max_pending:
-            self._events.clear()
-            self.abort(ReaderTooSlow())
-            return
-        self._events.append(event)
-        if isinstance(event, Output):
-            if event.finish_reason is not None:
-                growing = self._open.get(event.id)
-                if growing is not None:
-                    growing.discard(event.choice)
-                    if not growing:
-                        self._finished(event.id)
-        elif isinstance(event, Failed | Embedded):
-            self._finished(event.id)
-        self._signal.set()
-
-    def _finished(self, job_id: str) -> None:
-        self._open.pop(job_id, None)
-        self._client._forget(job_id)
+EVENTS_PER_FRAME = 32
 
 
 class PoolClient:
@@ -149,13 +61,15 @@ class PoolClient:
         self._path = path
         self._on_status = on_status
         self._max_pending = max_pending_events
+        self.timings = Timings()
         self._streams: dict[str, Stream] = {}
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
         self._outbox_signal = Signal()
         self._connected = False
-        # Whether the last attempt to reach the pool failed: then nobody waits for it.
-        self._unreachable = False
+        self._was_lost = False
+        # Until then requests wait for the pool; never for one that has been away for longer.
+        self._expected_until = time.monotonic() + COMEBACK_S
         self._status: PoolStatus | None = None
         self._status_signal = Signal()
         self._runner: Any = None
@@ -186,35 +100,43 @@ class PoolClient:
         return Stream(self, self._max_pending)
 
     def wait_status(self, timeout: float) -> PoolStatus | None:
-        """Return the pool's last word; while it is being dialled, wait for its first up to ``timeout`` seconds."""
-        if self._status is None and not self._unreachable:
-            self._status_signal.clear()
-            self._status_signal.wait(timeout)
+        """Return the pool's last word; while it may be on its way, wait for its first up to ``timeout`` seconds."""
+        if self._status is None:
+            wait = timeout if self._connected else min(timeout, self._expected_until - time.monotonic())
+            if wait > 0:
+                self._status_signal.clear()
+                self._status_signal.wait(wait)
         return self._status
 
     def query_status(self, timeout: float) -> PoolStatus | None:
-        """Ask the pool now; None if it does not answer within ``timeout`` seconds."""
+        """Ask the pool now; None if it does not answer within ``timeout`` seconds, at once if it has gone away."""
         if not self._connected:
-            return self.wait_status(timeout)
+            return None if self._was_lost else self.wait_status(timeout)
         self._status_signal.clear()
-        self._send(StatusQuery())
+        self.tell(StatusQuery())
         return self._status if self._status_signal.wait(timeout) else None
 
     # --- for Stream
 
-    def _submit(self, job: Job, stream: Stream) -> None:
+    def post(self, message: ClientMessage, stream: Stream, name: str) -> None:
+        """Send something whose answers, called ``name``, are for ``stream``. Raises `PoolUnavailable`."""
         if not self._connected:
             raise PoolUnavailable("The model pool is not running.")
-        frame = encode(job)
+        frame = encode(message)
         if self._outbox_bytes + len(frame) > MAX_OUTBOX_BYTES:
             raise PoolUnavailable("The model pool does not take requests at the moment.")
-        self._streams[job.id] = stream
+        self._streams[name] = stream
         self._enqueue(frame)
 
-    def _forget(self, job_id: str) -> None:
-        self._streams.pop(job_id, None)
+    def forget(self, name: str) -> None:
+        """Nobody waits for answers of this name any more."""
+        self._streams.pop(name, None)
 
-    def _send(self, message: ClientMessage) -> None:
+    def pending_events(self) -> int:
+        """How many events wait for all who read here."""
+        return sum(stream.pending for stream in set(self._streams.values()))
+
+    def tell(self, message: ClientMessage) -> None:
         """Without a pool there is nobody to tell: it takes the end of the connection as a cancel of everything."""
         if self._connected:
             self._enqueue(encode(message))
@@ -231,19 +153,17 @@ class PoolClient:
         while True:
             connection = self._dial()
             if connection is None:
-                self._unreachable = True
-                self._status_signal.set()
                 gevent.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
                 continue
             pause = FIRST_PAUSE_S
-            self._connected, self._unreachable = True, False
+            self._connected = True
             writer = gevent.spawn(self._write, connection)
             try:
                 self._read(connection)
                 log.warning("the model pool closed the connection")
             except (OSError, WireError) as error:
-                log.warning("lost the model pool: %s", error)
+                log.warning("lost the model pool", reason=str(error))
             finally:
                 self._connected = False
                 writer.kill(block=False)
@@ -268,15 +188,23 @@ class PoolClient:
             for message in decoder.feed(data):
                 frames += 1
                 if isinstance(message, Events):
+                    self.timings.arrived(time.monotonic())
                     for event in message.events:
-                        stream = self._streams.get(event.id)
+                        stream = self._streams.get(event.id) or self._reader_of(event.id)
                         # Events of a cancelled job may still be on their way.
                         if stream is not None:
-                            stream._put(event)
+                            stream.put(event)
+                    frames += len(message.events) // EVENTS_PER_FRAME
                 else:
                     self._take_status(message)
-                if frames % FRAMES_PER_TURN == 0:
+                if frames >= FRAMES_PER_TURN:
+                    frames = 0
                     give_way()
+
+    def _reader_of(self, event_id: str) -> Stream | None:
+        """Return who reads the kept request that has this job; a reader cannot know the jobs before they speak."""
+        request, slash, _ = event_id.partition("/")
+        return self._streams.get(request) if slash else None
 
     def _write(self, connection: Any) -> None:
         try:
@@ -297,6 +225,8 @@ class PoolClient:
         self._status_signal.set()
 
     def _lost(self) -> None:
+        self._was_lost = True
+        self._expected_until = time.monotonic() + COMEBACK_S
         self._outbox.clear()
         self._outbox_bytes = 0
         self._outbox_signal.clear()

@@ -28,7 +28,8 @@ class ClientGuard:
         self._watcher: Any = None
         self.gone = False
         if self._socket is not None:
-            _set_user_timeout(self._socket, send_timeout_s)
+            # Later than we ourselves, who end the connection without an error that the log would show.
+            _set_user_timeout(self._socket, 1.5 * send_timeout_s)
             self._watcher = gevent.spawn(self._watch)
 
     def writing(self) -> None:

@@ -7,9 +7,12 @@ import orjson
 from flask import Blueprint, Response, g
 
 from app.api.disconnect import WatchedBody
-from app.api.errors import invalid
+from app.api.reference.answers.completions import Embeddings
+from app.api.reference.describe import describes
 from app.api.schemas import EmbeddingRequest
-from app.api.service import guarded_stream, new_id, parse, resolve_model, time_limit
+from app.api.service import deadline_of, guarded_stream, parse, resolve_model, service, tenant_salt
+from app.errors import invalid
+from app.ids import new_id
 from app.text.card import Model
 from app.text.embedding import embed, shorten, to_base64
 from app.text.errors import ContextLengthExceeded
@@ -23,6 +26,7 @@ ROWS_AT_ONCE = 8
 
 
 @blueprint.post("/v1/embeddings")
+@describes(tag="embeddings", request=EmbeddingRequest, answer=Embeddings, example={"input": "a text"})
 def create_embeddings() -> Response:
     """Turn texts into vectors: the mean of the model's last hidden states, normalised."""
     body = parse(EmbeddingRequest)
@@ -33,8 +37,10 @@ def create_embeddings() -> Response:
         raise invalid(f"This model's embeddings have {model.card.hidden_size} dimensions.", "dimensions")
     stream = guarded_stream()
     prompts = embedding_prompts(model, body.input)
-    vectors = embed(stream, new_id("embd-"), prompts, time_limit(body.timeout))
     tokens = sum(map(len, prompts))
+    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    g.job = new_id("embd-")
+    vectors = embed(stream, g.job, prompts, deadline_of(body.timeout), tenant_salt())
     tail = {"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     if g.warnings:
         tail["warnings"] = g.warnings

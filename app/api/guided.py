@@ -4,11 +4,10 @@ import json
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from app.api.errors import invalid
-from app.api.fields import check_extra_fields
 from app.api.values import ApiRequest
+from app.errors import invalid
 from workers.messages import Grammar
 
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -18,34 +17,63 @@ MAX_CHOICES = 1024
 class JsonSchemaFormat(ApiRequest):
     """The schema of ``response_format``. ``strict`` may be left out: answers are always held to the whole schema."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = Field(
+        description="letters, digits, _ and -, up to 64"
+    )
+    description: str | None = Field(None, description="has no influence")
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = Field(
+        None, description="the JSON schema; without one any JSON"
+    )
+    strict: bool | None = Field(None, description="has no influence: answers are always held to the whole schema")
+
+
+def _needs_schema(description: dict[str, Any]) -> None:
+    """Tell in the JSON schema of the format that ``json_schema`` belongs to the type of that name."""
+    properties = description["properties"]
+    given = {**properties["json_schema"]["anyOf"][0], "description": properties["json_schema"].get("description", "")}
+    description["anyOf"] = [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {"properties": {"type": {"const": "json_schema"}, "json_schema": given}, "required": ["json_schema"]},
+    ]
 
 
 class ResponseFormat(ApiRequest):
     """OpenAI's way to ask for JSON."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
+    model_config = ConfigDict(json_schema_extra=_needs_schema)
 
-    def unknown_fields(self) -> list[str]:
-        """Return the names of fields that are not part of the API."""
-        unknown = check_extra_fields(self.model_extra or {}, "response_format.")
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text, json_object (any JSON object) or json_schema"
+    )
+    json_schema: JsonSchemaFormat | None = Field(None, description="the schema of json_schema")
+
+    def unknown_fields(self, prefix: str = "") -> list[str]:
+        unknown = super().unknown_fields(prefix)
         if self.json_schema is not None:
-            unknown += check_extra_fields(self.json_schema.model_extra or {}, "response_format.json_schema.")
+            unknown += self.json_schema.unknown_fields(f"{prefix}json_schema.")
         return unknown
 
 
 class Guided(ApiRequest):
     """What a text must match."""
 
-    response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
-    guided_grammar: str | None = None
+    response_format: ResponseFormat | None = Field(
+        None,
+        description='`{"type": "json_object"}`: any JSON object; `{"type": "json_schema", "json_schema": {"name", '
+        '"schema", "strict"}}`: JSON of that schema, which is held to with `strict` true or not',
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        None, description="a JSON schema, as an object or as a string of JSON"
+    )
+    guided_regex: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a regular expression that the whole answer matches"
+    )
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
+        None, description="a list of texts, one of which is the answer; up to 1024"
+    )
+    guided_grammar: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a Lark grammar, in llguidance's dialect"
+    )
 
     def grammar(self) -> tuple[Grammar, str] | None:
         """Return the grammar of the answer and the field that asks for it, or None. Raises `ApiError` 400."""

@@ -1,10 +1,10 @@
 """What every route of one application shares, and the steps that all of them take."""
 
 import json
-import logging
-import secrets
+import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import gevent
@@ -12,32 +12,34 @@ import orjson
 from flask import Response, current_app, g, request
 
 from app.api.disconnect import ClientGuard
-from app.api.errors import UNAVAILABLE, ApiError, invalid
 from app.api.json_gate import parse_object, read_body
 from app.api.schemas import MAX_SEQUENCES, GenerationRequest, validate
 from app.api.values import ApiRequest
-from app.pool_client import PoolClient, Stream
+from app.door import visitor
+from app.door.gate import Door
+from app.door.visitor import Reservation
+from app.errors import UNAVAILABLE, ApiError, invalid
+from app.metrics.meter import Meter
+from app.pool_client import PoolClient
+from app.pool_stream import Stream
 from app.text.card import Model, ModelHolder
-from app.text.errors import ClientGone, RequestError, ShuttingDown
+from app.text.deadline import Deadline
+from app.text.errors import ClientGone, ShuttingDown
 from app.text.generation import Generation
 from app.text.offload import off_hub_if_large
-from app.text.prompts import Echo
-from app.text.sampling import Plan, max_tokens_for, plan
+from app.text.sampling import Plan, plan
 from config.settings import Settings
-from workers.messages import GenerateJob, PoolStatus
-
-log = logging.getLogger("tailrace.requests")
+from workers.messages import PoolStatus
 
 R = TypeVar("R", bound=ApiRequest)
 
 # How long a request waits for a connection to the pool, and for the model card, right after this process started.
 POOL_PATIENCE_S = 1.0
 CARD_PATIENCE_S = 5.0
-# The pool refuses at once or not at all; a grammar is looked at by a model worker.
-REFUSAL_PATIENCE_S = 0.05
-GRAMMAR_PATIENCE_S = 2.0
 _MAX_WARNING_HEADER = 1024
-_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+TIMEOUT_HEADER = "X-Request-Timeout"
+KEY_HEADER = "Idempotency-Key"
+_NUMBER = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 class Service:
@@ -47,8 +49,12 @@ class Service:
         self.settings = settings
         self.models = ModelHolder()
         self.pool = PoolClient(settings.pool_socket, self.models.follow)
+        self.door = Door(settings)
+        self.meter = Meter(settings.runtime_dir, self.pool.timings, lambda: self.open_requests)
         self.draining = False
         self._streams: set[Stream] = set()
+        # What to settle when a stream is closed: tokens taken beforehand, and what has been used.
+        self._reservations: dict[Stream, list[tuple[Reservation, Callable[[], int]]]] = {}
 
     @property
     def open_requests(self) -> int:
@@ -64,9 +70,23 @@ class Service:
         return stream
 
     def close_stream(self, stream: Stream) -> None:
-        """Cancel what is unfinished of it."""
+        """Cancel what is unfinished of it, and settle the tokens that were reserved for it."""
+        if stream in self._streams:
+            self.meter.ended(stream)
         self._streams.discard(stream)
         stream.close()
+        for reservation, used in self._reservations.pop(stream, ()):
+            reservation.settle(used())
+
+    def reserve_tokens(self, stream: Stream, prompt_tokens: int, most: int, used: Callable[[], int]) -> None:
+        """Take ``most`` tokens from what the key's owner has left; ``used`` tells at the end how many it were.
+
+        Raises `ApiError` 429.
+        """
+        guest = visitor.current()
+        reservation = guest.reserve(prompt_tokens, most) if guest is not None else None
+        if reservation is not None:
+            self._reservations.setdefault(stream, []).append((reservation, used))
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end those that are still open after ``seconds`` with an error. Never blocks.
@@ -115,21 +135,19 @@ def _unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind=UNAVAILABLE, retry_after=2)
 
 
-def new_id(prefix: str) -> str:
-    """Return a fresh id: the prefix and 22 characters that cannot be mistaken for each other."""
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(22))
-
-
 def parse(schema: type[R]) -> R:
-    """Return the checked request; its unknown fields are noted for `finish_body` and the header. Raises `ApiError`."""
+    """Return the checked request; its unknown fields and its text are noted in ``g``. Raises `ApiError`."""
     settings = service().settings
-    body = read_body(request, settings.max_body_bytes, settings.send_timeout_s)
+    body = read_body(request, settings.max_body_bytes, settings.receive_timeout_s)
 
     def check() -> tuple[R, list[str]]:
         return validate(schema, parse_object(body), settings.strict)
 
     parsed, unknown = off_hub_if_large(len(body), check)
+    g.body = body
     g.warnings = [f"Unknown field, ignored: {name}" for name in unknown]
+    if KEY_HEADER in request.headers and "resumable" not in schema.model_fields:
+        warn([f"{KEY_HEADER} has no effect here."])
     return parsed
 
 
@@ -163,10 +181,27 @@ def guarded_stream() -> Stream:
     return stream
 
 
-def time_limit(asked: float | None) -> float:
-    """Return the request's time in seconds: what it asked for, within what is allowed."""
-    allowed = service().settings.request_timeout_s
-    return allowed if asked is None else min(asked, allowed)
+def deadline_of(asked: float | None) -> Deadline:
+    """Return the end of the request's time: the shortest of what body, header and server allow.
+
+    Raises `ApiError` 400 that names the header.
+    """
+    settings = service().settings
+    limits = [settings.request_timeout_s, asked, _header_timeout()]
+    return Deadline(min(each for each in limits if each is not None), settings.queue_timeout_s)
+
+
+def _header_timeout() -> float | None:
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given) if _NUMBER.fullmatch(given) else 0.0
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise invalid(f"{TIMEOUT_HEADER} must be a number of seconds above 0.", TIMEOUT_HEADER)
+    return seconds
 
 
 def engine_plan(body: GenerationRequest, model: Model, prompts: int = 1) -> Plan:
@@ -178,70 +213,14 @@ def engine_plan(body: GenerationRequest, model: Model, prompts: int = 1) -> Plan
     return settled
 
 
-def start_generation(
-    stream: Stream,
-    request_id: str,
-    body: GenerationRequest,
-    model: Model,
-    adapter: str,
-    settled: Plan,
-    prompts: Sequence[list[int]],
-    param: str,
-    echoes: Sequence[Echo] = (),
-) -> Generation:
-    """Hand the request's jobs to the pool. Raises whatever keeps it from being admitted."""
-    logprobs, prompt_logprobs = wanted_scores(body, bool(echoes))
-    grammar, grammar_param = body.grammar() or (None, None)
-    jobs = []
-    for place, prompt in enumerate(prompts):
-        if not prompt:
-            raise RequestError("The prompt has no tokens.", param)
-        jobs.append(
-            GenerateJob(
-                id=request_id if len(prompts) == 1 else f"{request_id}/{place}",
-                prompt=prompt,
-                max_tokens=max_tokens_for(settled, model, len(prompt), param),
-                min_tokens=settled.min_tokens,
-                n=settled.n,
-                stop_token_ids=settled.stop_token_ids,
-                sampling=settled.sampling,
-                beams=settled.beams,
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                grammar=grammar,
-                adapter=adapter,
-                salt=tenant_salt(),
-            )
-        )
-    generation = Generation(
-        stream, model, jobs, body.stop, time_limit(body.timeout), echoes=echoes, grammar_param=grammar_param
-    )
-    generation.submit(REFUSAL_PATIENCE_S if grammar is None else GRAMMAR_PATIENCE_S)
-    log.info(
-        "accepted id=%s prompt_tokens=%d choices=%d", request_id, generation.usage.prompt_tokens, generation.choices
-    )
-    return generation
-
-
-def wanted_scores(body: GenerationRequest, echo: bool) -> tuple[int | None, int | None]:
-    """Return the engine's ``logprobs`` and ``prompt_logprobs``: what the client asks for and what we need ourselves."""
-    logprobs, prompt_logprobs = body.top_alternatives, body.prompt_logprobs
-    if echo and logprobs is not None:
-        prompt_logprobs = max(prompt_logprobs or 0, logprobs)
-    if body.asked_max_tokens == 0 and prompt_logprobs is None:
-        # An engine without anything to generate must have something to do.
-        prompt_logprobs = 0
-    if body.picks_best and logprobs is None:
-        logprobs = 0
-    return logprobs, prompt_logprobs
-
-
 def tenant_salt() -> str:
     """Return what keeps this request's prompt apart from those of other tenants in the prefix cache.
 
-    The one place where it is set. There are no API keys yet, so all requests are one tenant's.
+    It is the name of the key's owner, and so the same for all keys of one owner, before and after a change of keys;
+    without keys all requests are one tenant's. What is stored belongs to it too.
     """
-    return ""
+    guest = visitor.current()
+    return "" if guest is None else guest.owner
 
 
 def usage_body(generation: Generation) -> dict[str, Any]:
@@ -261,6 +240,12 @@ def json_answer(body: dict[str, Any], status: int = 200) -> Response:
     if warnings:
         body = {**body, "warnings": warnings}
     return Response(orjson.dumps(body), status, mimetype="application/json")
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Add to the warnings of the current request."""
+    if warnings:
+        g.warnings = [*g.get("warnings", ()), *warnings]
 
 
 def warnings_header() -> str | None:

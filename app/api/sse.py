@@ -1,31 +1,39 @@
 """Event streams: the frames of an answer as it grows, and what happens when something goes wrong in the middle.
 
-Only ``data:`` lines and comments are sent; a bare ``event:`` or ``retry:`` line breaks openai's client. Each frame of
-text is put together from parts that were encoded once for the stream, since its cost is paid for every token.
+Only ``id:`` and ``data:`` lines and comments are sent; a bare ``event:`` or ``retry:`` line breaks openai's client.
+Each frame of text is put together from parts that were encoded once for the stream, since its cost is paid for every
+token.
+
+The events of an answer are numbered. Which event has which number depends on what the pool says and not on when it
+does, so the same numbers come out when a kept request is read again. An event that tells an error has none: it is the
+end of a reading, and what follows its predecessor may still be read.
 """
 
-import logging
+import re
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, Protocol
 
 import orjson
 from flask import Response
 
+from app.api import life
 from app.api.disconnect import ClientGuard
-from app.api.errors import as_api_error
 from app.api.service import Service
-from app.pool_client import Stream
+from app.errors import ApiError, as_api_error
+from app.pool_stream import Stream
 from app.text.errors import ClientGone, JobFailed, ReaderTooSlow
 from app.text.generation import Generation, Piece
 
-log = logging.getLogger("tailrace.requests")
-errors = logging.getLogger("tailrace.app")
-
-KEEP_ALIVE = b": keep-alive\n\n"
+# A comment is a line and no block of its own: to openai's and Anthropic's clients an empty line, once there has been an
+# id, is the end of an event, and a comment before it one without data, on which they fail.
+KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _SLOT = "\x00TEXT\x00"
+_END = b"\n\n"
+_NUMBER = re.compile(rb"id: [^\n]*:(\d+)\n")
 
 
 def frame(body: dict[str, Any]) -> bytes:
@@ -33,17 +41,43 @@ def frame(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
+def comment(generation: Generation) -> bytes:
+    """Return what is said while there is nothing to say: the place in the queue, if the request waits there."""
+    position = generation.queue_position
+    return KEEP_ALIVE if position is None else b": queued, position %d\n" % position
+
+
+class EventIds:
+    """Gives the events of one stream their ids: the request's own, and the number of the event, from 1."""
+
+    __slots__ = ("head", "numbers")
+
+    def __init__(self, request_id: str) -> None:
+        self.head = b"id: " + request_id.encode() + b":"
+        self.numbers = count(1)
+
+    def __call__(self, event: bytes) -> bytes:
+        """Return the next event of the stream."""
+        return b"%b%d\n%b" % (self.head, next(self.numbers), event)
+
+    def frame(self, body: dict[str, Any]) -> bytes:
+        """Return the next event of the stream, with this data."""
+        return self(frame(body))
+
+
 class TextFrame:
     """An event whose JSON is constant but for one text; ``body`` holds `SLOT` in its place."""
 
     SLOT = _SLOT
-    __slots__ = ("_head", "_tail")
+    __slots__ = ("_head", "_id", "_numbers", "_tail")
 
-    def __init__(self, body: dict[str, Any]) -> None:
-        self._head, _, self._tail = frame(body).partition(orjson.dumps(_SLOT))
+    def __init__(self, ids: EventIds, event: bytes) -> None:
+        self._id, self._numbers = ids.head, ids.numbers
+        head, _, self._tail = event.partition(orjson.dumps(_SLOT))
+        self._head = b"\n" + head
 
     def __call__(self, text: str) -> bytes:
-        return self._head + orjson.dumps(text) + self._tail
+        return b"%b%d%b%b%b" % (self._id, next(self._numbers), self._head, orjson.dumps(text), self._tail)
 
 
 class Frames(Protocol):
@@ -55,6 +89,37 @@ class Frames(Protocol):
     def prompt(self, piece: Piece) -> bytes: ...
     def finish(self, index: int, reason: str) -> bytes: ...
     def closing(self, generation: Generation) -> bytes: ...
+    def error(self, error: ApiError) -> bytes: ...
+
+
+class OpenAIEnding:
+    """How the streams of chat and completions break off."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that fails."""
+        return b"data: " + error.encoded() + b"\n\n"
+
+
+def behind(parts: Iterator[bytes], number: int) -> Iterator[bytes]:
+    """Yield a stream without its events up to ``number``, at once something that brings the headers on their way."""
+    yield KEEP_ALIVE
+    for part in parts:
+        found = part.split(_END)[:-1]
+        if part.startswith(b":"):
+            # While there is nothing to say, this connection too must be kept alive.
+            yield part
+            continue
+        wanted = [event for event in found if not _NUMBER.match(event) or _number(event) > number]
+        if wanted:
+            yield _END.join(wanted) + _END
+        if any(_NUMBER.match(event) for event in wanted):
+            break
+    yield from parts
+
+
+def _number(event: bytes) -> int:
+    found = _NUMBER.match(event)
+    return int(found[1]) if found else 0
 
 
 def events(generation: Generation, frames: Frames, opening: bytes, tick_s: float | None) -> Iterator[bytes]:
@@ -64,7 +129,8 @@ def events(generation: Generation, frames: Frames, opening: bytes, tick_s: float
     text_frames = [frames.text(choice) for choice in range(generation.choices)]
     for pieces in generation.pieces(tick_s):
         if not pieces:
-            yield KEEP_ALIVE
+            if tick_s is not None:
+                yield comment(generation)
             continue
         parts = []
         for piece in pieces:
@@ -77,7 +143,7 @@ def events(generation: Generation, frames: Frames, opening: bytes, tick_s: float
             if piece.finish_reason is not None:
                 parts.append(frames.finish(piece.choice, piece.finish_reason))
         if generation.finished:
-            parts += [frames.closing(generation), DONE]
+            parts.append(frames.closing(generation))
         yield b"".join(parts)
 
 
@@ -93,6 +159,7 @@ class EventStream:
         self,
         request_id: str,
         parts: Iterator[bytes],
+        encode_error: Callable[[ApiError], bytes],
         owner: Service,
         stream: Stream,
         guard: ClientGuard,
@@ -100,6 +167,7 @@ class EventStream:
     ) -> None:
         self._id = request_id
         self._parts = parts
+        self._encode_error = encode_error
         self._owner = owner
         self._stream = stream
         self._guard = guard
@@ -138,23 +206,17 @@ class EventStream:
         self._owner.close_stream(self._stream)
         if self._outcome == "cancelled" and self._generation.finished:
             self._outcome = "finished"
-        usage = self._generation.usage
-        log.info(
-            "%s id=%s completion_tokens=%d seconds=%.3f",
-            self._outcome,
-            self._id,
-            usage.completion_tokens,
-            time.monotonic() - self._begun,
-        )
+        life.ended(self._id, self._stream, self._generation, self._outcome, self._begun)
 
     def _error_event(self, error: Exception) -> bytes:
         self._failed = True
         self._outcome = "failed"
+        self._owner.meter.failed(error, self._stream)
         answer = as_api_error(error)
         known = isinstance(error, JobFailed | ReaderTooSlow)
         if answer.status == 500:
-            errors.error("stream id=%s failed: %s", self._id, error, exc_info=None if known else error)
-        return b"data: " + answer.encoded() + b"\n\n"
+            life.failed_unexpectedly(self._id, error, known)
+        return self._encode_error(answer)
 
 
 def event_stream_response(body: EventStream) -> Response:

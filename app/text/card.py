@@ -1,6 +1,5 @@
 """The model as the text side knows it, built from the card that a model worker publishes when it is ready."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from app.text.detokenizer import DetokenizerFactory
 from app.text.errors import ContextLengthExceeded
 from app.text.infill import find_infill_tokens
 from app.text.offload import off_hub, off_hub_if_large
+from app.text.reply.formats import ReplyFormat, reply_format
 from app.text.scores import TokenNames
 from app.text.template import ChatTemplate
+from config import logs
 from workers.messages import ModelCard, PoolStatus
 
-log = logging.getLogger("tailrace.app")
+log = logs.logger("tailrace.app")
 
 # Every client of the demo knows the model under this name.
 DEMO_NAME = "llama-3-chinese"
@@ -35,6 +36,8 @@ class Model:
         self.names = list(dict.fromkeys([card.id, *card.names, DEMO_NAME]))
         self.token_names = TokenNames(self.detokenizers)
         self.infill = find_infill_tokens(tokenizer)
+        # How the model writes reasoning and calls: see `reply_format`.
+        self.reply_format: ReplyFormat | None = None
         # The token before every text that is not a conversation, if the model wants one.
         self.bos = tokenizer.token_to_id(card.special_tokens.get("bos_token", "")) if card.add_bos_token else None
         # Every token stands for at most so many characters, hence a longer text cannot have few tokens.
@@ -52,7 +55,10 @@ class Model:
         # Padding and truncation are the training's business; here they would damage prompts.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        return cls(card, tokenizer)
+        model = cls(card, tokenizer)
+        # Now, and not while the first client waits.
+        reply_format(model)
+        return model
 
     def encode(self, text: str, *, add_bos: bool, param: str | None) -> list[int]:
         """Return the tokens of ``text``; special tokens written in it count as such.
@@ -90,7 +96,8 @@ class Model:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``, special tokens included."""
-        return off_hub_if_large(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=False))
+        # The batch call releases the GIL, the single one does not.
+        return off_hub_if_large(len(ids), lambda: self.tokenizer.decode_batch([ids], skip_special_tokens=False)[0])
 
 
 class ModelHolder:
@@ -132,12 +139,12 @@ class ModelHolder:
             model = off_hub(self._load, card_path)
         except (OSError, ValueError, jinja2.TemplateError) as error:
             problem = "the model's card cannot be read"
-            log.error("model card %s: %s", card_path, error)
+            log.error("the model card cannot be read", path=str(card_path), reason=str(error))
         if self._wanted == signature:
             self._model, self._loaded, self._wanted, self.problem = model, signature, None, problem
             self._settled.set()
             if model is not None:
-                log.info("model %s: %d tokens of context", model.card.id, model.card.max_model_len)
+                log.info("model taken", model=model.card.id, context_tokens=model.card.max_model_len)
 
 
 def _signature(path: str) -> tuple[object, ...] | None:

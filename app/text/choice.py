@@ -1,5 +1,6 @@
 """One choice of an answer as it grows: tokens in, the text out that is certain."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -42,21 +43,33 @@ class ChoiceText:
         self.scored: Sequence[ScoredToken] = ()
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the choice, if one did."""
+        return None if self._matcher is None else self._matcher.matched
+
+    @property
     def mean_logprob(self) -> float:
-        """The mean log-probability of the tokens up to now."""
-        return self._logprobs / max(1, self.tokens)
+        """The mean log-probability of the tokens up to now; without any, worse than all others."""
+        return self._logprobs / self.tokens if self.tokens else -math.inf
 
     def push(self, output: Output) -> str:
         """Return the text that can go out; sets ``finish_reason`` when a stop string or the engine ended the choice.
 
         With scores, ``scored`` then holds the tokens that belong to it.
         """
-        text = self._text(output)
+        return self._released_with_scores(self._text(output))
+
+    def cut(self) -> str:
+        """End the choice where it is, as if so many tokens were all it might have; return what was held back."""
+        self.finish_reason = "length"
+        return self._released_with_scores(self._flush())
+
+    def _released_with_scores(self, text: str) -> str:
         trail = self._trail
         if trail is not None:
             self._released += len(text)
-            cut = self._matcher is not None and self._matcher.matched is not None
-            self.scored = trail.cut(self._released) if cut else trail.release(self._released)
+            matched = self._matcher is not None and self._matcher.matched is not None
+            self.scored = trail.cut(self._released) if matched else trail.release(self._released)
         return text
 
     def _text(self, output: Output) -> str:

@@ -24,7 +24,7 @@ _WINDOW = 8
 
 
 class Detokenizer(Protocol):
-    """The text of one choice as it grows. Special tokens have no text."""
+    """The text of one choice as it grows. Special tokens have no text, unless they were asked for."""
 
     @property
     def holding(self) -> bool:
@@ -43,24 +43,27 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """For tokenizers whose tokens are byte strings: ``piece(id)`` is the token's bytes."""
 
-    __slots__ = ("_decoder", "_piece", "_strip")
+    __slots__ = ("_piece", "_strip", "_tail")
 
     def __init__(self, piece: Callable[[int], bytes], strip: int = 0) -> None:
         self._piece = piece
         self._strip = strip
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Bytes that may still become a character.
+        self._tail = b""
 
     @property
     def holding(self) -> bool:
-        return bool(self._decoder.getstate()[0])
+        return bool(self._tail)
 
     def push(self, ids: Sequence[int]) -> str:
         piece = self._piece
-        text = self._decoder.decode(piece(ids[0]) if len(ids) == 1 else b"".join(map(piece, ids)))
+        data = self._tail + (piece(ids[0]) if len(ids) == 1 else b"".join(map(piece, ids)))
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._tail = data[used:]
         return self._without_lead(text) if self._strip and text else text
 
     def flush(self) -> str:
-        text = self._decoder.decode(b"", True)
+        text, self._tail = self._tail.decode(errors="replace"), b""
         return self._without_lead(text) if self._strip and text else text
 
     def _without_lead(self, text: str) -> str:
@@ -74,13 +77,23 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any decoder: decodes the newest tokens behind some context, and gives out what the context has not shown."""
+    """For any decoder: decodes the newest tokens behind some context, and gives out what the context has not shown.
 
-    __slots__ = ("_context", "_new", "_special", "_tokenizer")
+    Of the ``special`` tokens those in ``visible`` come out as they are written, the others not at all.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], context: Sequence[int] = ()) -> None:
+    __slots__ = ("_context", "_new", "_special", "_tokenizer", "_visible")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special: frozenset[int],
+        context: Sequence[int] = (),
+        visible: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._special = special
+        self._visible = visible & special
         self._context = [token for token in context if token not in special]
         self._new: list[int] = []
 
@@ -89,9 +102,12 @@ class WindowDetokenizer:
         return bool(self._new)
 
     def push(self, ids: Sequence[int]) -> str:
-        pieces = []
+        pieces: list[str] = []
         for token in ids:
-            if token not in self._special:
+            if token in self._visible:
+                # Nothing in the text before it waits for a token like this one.
+                pieces += (self.flush(), self._tokenizer.id_to_token(token) or "")
+            elif token not in self._special:
                 self._new.append(token)
                 pieces.append(self._take(final=False))
         return "".join(pieces)
@@ -122,11 +138,14 @@ class DetokenizerFactory:
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._to_bytes = self._choose(_flatten(decoder))
 
-    def start(self, behind: Sequence[int] = ()) -> Detokenizer:
-        """Return a detokenizer for a new choice, whose text is shown right behind that of the tokens ``behind``."""
+    def start(self, behind: Sequence[int] = (), visible: frozenset[int] = frozenset()) -> Detokenizer:
+        """Return a detokenizer for a new choice, whose text is shown right behind that of the tokens ``behind``.
+
+        Of the special tokens, only those in ``visible`` have a text.
+        """
         if self._to_bytes is None:
-            return WindowDetokenizer(self._tokenizer, self.special, behind[-_WINDOW:])
-        return ByteDetokenizer(self._piece, 0 if behind else self._strip)
+            return WindowDetokenizer(self._tokenizer, self.special, behind[-_WINDOW:], visible)
+        return ByteDetokenizer(self._shown(visible) if visible else self._piece, 0 if behind else self._strip)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return the bytes of one token by itself, special tokens as they are written; None if nobody can tell."""
@@ -136,6 +155,15 @@ class DetokenizerFactory:
             return self._piece(token_id)
         text = self._tokenizer.decode([token_id])
         return None if _REPLACEMENT in text else text.encode()
+
+    def _shown(self, visible: frozenset[int]) -> Callable[[int], bytes]:
+        written = {token: (self._tokenizer.id_to_token(token) or "").encode() for token in visible & self.special}
+
+        def piece(token_id: int) -> bytes:
+            own = written.get(token_id)
+            return self._piece(token_id) if own is None else own
+
+        return piece
 
     def _piece(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)

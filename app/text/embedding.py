@@ -1,45 +1,31 @@
-"""Embeddings: each text or token sequence becomes one job; a bounded number of them is under way at a time."""
+"""Embeddings: each text or token sequence becomes one job, and its answer a vector."""
 
 import base64
 import math
+import operator
 import sys
-import time
 from array import array
 from collections.abc import Sequence
 
-from app.text.errors import DeadlineExceeded, JobFailed
+from app.text.deadline import Deadline
 from app.text.generation import EventStream
-from workers.messages import Embedded, EmbedJob, Failed, Started
-
-# A long list must not fill the pool's queue for everybody else.
-JOBS_AT_A_TIME = 32
+from app.text.jobs import run_jobs
+from workers.messages import Embedded, EmbedJob, Event
 
 
-def embed(stream: EventStream, request_id: str, prompts: Sequence[list[int]], timeout_s: float) -> list[bytes]:
-    """Return a vector for each prompt, in order: little-endian float32.
+def embed(
+    stream: EventStream, request_id: str, prompts: Sequence[list[int]], deadline: Deadline, salt: str
+) -> list[bytes]:
+    """Return a vector for each prompt, in order: little-endian float32, of length 1. Raises what `run_jobs` raises."""
+    jobs = (
+        EmbedJob(id=f"{request_id}/{place}", prompt=prompt, salt=salt, start_within_s=deadline.start_within_s)
+        for place, prompt in enumerate(prompts)
+    )
+    return run_jobs(stream, jobs, len(prompts), deadline, _vector)
 
-    Raises `JobFailed`, `PoolUnavailable`, `DeadlineExceeded`, or what the stream was aborted with.
-    """
-    deadline = time.monotonic() + timeout_s
-    vectors: dict[str, bytes] = {}
-    ids = [f"{request_id}/{place}" for place in range(len(prompts))]
-    submitted = 0
-    started = False
-    while len(vectors) < len(prompts):
-        while submitted < len(prompts) and submitted - len(vectors) < JOBS_AT_A_TIME:
-            stream.submit(EmbedJob(id=ids[submitted], prompt=prompts[submitted]))
-            submitted += 1
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(started)
-        for event in stream.get(left):
-            if isinstance(event, Embedded):
-                vectors[event.id] = event.vector
-            elif isinstance(event, Failed):
-                raise JobFailed(event)
-            elif isinstance(event, Started):
-                started = True
-    return [vectors[each] for each in ids]
+
+def _vector(event: Event) -> tuple[str, bytes] | None:
+    return (event.id, event.vector) if isinstance(event, Embedded) else None
 
 
 def shorten(vector: bytes, dimensions: int | None) -> "array[float]":
@@ -53,6 +39,11 @@ def shorten(vector: bytes, dimensions: int | None) -> "array[float]":
     del numbers[dimensions:]
     length = math.sqrt(math.fsum(number * number for number in numbers))
     return array("f", (number / length for number in numbers)) if length > 0 else numbers
+
+
+def cosine(one: "array[float]", other: "array[float]") -> float:
+    """Return the cosine of two vectors of length 1."""
+    return max(-1.0, min(1.0, math.fsum(map(operator.mul, one, other))))
 
 
 def to_base64(numbers: "array[float]") -> str:

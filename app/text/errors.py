@@ -1,4 +1,4 @@
-"""What can go wrong with a request below HTTP; ``app.api.errors`` turns each of these into an answer."""
+"""What can go wrong with a request below HTTP; ``app.errors`` turns each of these into an answer."""
 
 from workers.messages import Failed
 

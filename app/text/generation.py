@@ -4,20 +4,21 @@ A streamed answer sends the pieces as they come, any other answer joins them, so
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from app.text.card import Model
 from app.text.choice import ChoiceText, FinishReason
+from app.text.deadline import Deadline
 from app.text.errors import DeadlineExceeded, JobFailed
 from app.text.prompts import Echo
 from app.text.scores import ScoredToken, TokenTrail
 from app.text.stop import StopStrings
-from workers.messages import Event, Failed, GenerateJob, Job, Output, PromptLogprobs, Started
-
-# How a model worker begins its word about a grammar that it cannot use.
-_BAD_GRAMMAR = "the grammar"
+from workers.messages import Event, Failed, GenerateJob, Job, Output, PromptLogprobs, Queued, Started
 
 
 class EventStream(Protocol):
@@ -31,8 +32,7 @@ class EventStream(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """New text of one choice of the answer; ``finish_reason`` is set on the choice's last piece.
 
     ``tokens``, of a job with logprobs, are those whose text became certain with this piece. ``prompt``, of a job with
@@ -59,7 +59,8 @@ class Usage:
 class Answer:
     """One choice, complete.
 
-    ``mean_logprob`` is that of all its tokens (with the one that ended it), for a job with logprobs.
+    ``mean_logprob`` is that of all its tokens (with the one that ended it), for a job with logprobs. ``stop_string`` is
+    the one that ended it, if one did.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Answer:
     tokens: Sequence[ScoredToken] = ()
     prompt: Sequence[ScoredToken] = ()
     mean_logprob: float = 0.0
+    stop_string: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +90,8 @@ class Generation:
 
     The choices of the answer are numbered through all prompts: choice c of prompt p is p * n + c. ``echoes``, if given,
     are the prompts to show before their answers; with logprobs they come with theirs. ``grammar_param`` names the
-    request's field that the grammar is made of.
+    request's field that the grammar is made of, ``grammar_lines`` the fields that single lines of it are made of.
+    ``visible_tokens`` are the special tokens that stand in the text as they are written.
     """
 
     def __init__(
@@ -97,19 +100,24 @@ class Generation:
         model: Model,
         jobs: Sequence[GenerateJob],
         stop: Sequence[str] = (),
-        timeout_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        deadline: Deadline | None = None,
         *,
         echoes: Sequence[Echo] = (),
         grammar_param: str | None = None,
+        grammar_lines: Mapping[int, str] = MappingProxyType({}),
+        visible_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self._stream = stream
         self._jobs = list(jobs)
         self._echoes = dict(zip((job.id for job in self._jobs), echoes, strict=False))
         self._prompts = {job.id: job for job in self._jobs if job.prompt_logprobs is not None}
         self._grammar_param = grammar_param
-        self._clock = clock
-        self._deadline = None if timeout_s is None else clock() + timeout_s
+        self._grammar_lines = grammar_lines
+        self._visible_tokens = visible_tokens
+        self._deadline = deadline or Deadline(None)
+        # Where in the pool's queue each job is, and whether that has changed since it was last told.
+        self._positions: dict[str, int] = {}
+        self._moved = False
         stops = StopStrings(stop)
         self._first_choice: dict[str, int] = {}
         self._choices: list[ChoiceText] = []
@@ -120,6 +128,8 @@ class Generation:
         self._prompt_tokens = sum(len(job.prompt) for job in self._jobs)
         self._cached_tokens = 0
         self.started = False
+        # Whether the time was over before every choice had ended.
+        self.cut = False
 
     def __enter__(self) -> "Generation":
         return self
@@ -142,42 +152,73 @@ class Generation:
         """The tokens used up to now."""
         return Usage(self._prompt_tokens, sum(choice.tokens for choice in self._choices), self._cached_tokens)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the client should know of how the answer ended."""
+        if not self.cut:
+            return []
+        return [f"The request's time was over: the answer ends where it was after {self._deadline.seconds:g} seconds."]
+
+    @property
+    def queue_position(self) -> int | None:
+        """The place in the pool's queue, 1 for the next; None when a job has left it, or nothing is known of it."""
+        return min(self._positions.values()) + 1 if self._positions and not self.started else None
+
+    @property
+    def finish_reasons(self) -> list[FinishReason | None]:
+        """Why each choice has ended, if it has."""
+        return [choice.finish_reason for choice in self._choices]
+
+    def stop_string(self, choice: int) -> str | None:
+        """Return the stop string that ended this choice of the answer, if one did."""
+        return self._choices[choice].stop_string
+
     def submit(self, patience_s: float) -> None:
         """Hand the jobs to the pool and give it ``patience_s`` seconds to refuse them.
 
-        The pool refuses at once or not at all, so a client gets a real status code for "busy". Raises
-        `PoolUnavailable` or `JobFailed`.
+        The pool answers at once: it refuses a job, says where in the queue it is, or lets a model worker begin. So a
+        client gets a real status code for "busy", and nobody waits for longer than that takes. A grammar may be refused
+        by the model worker, behind the queue. Raises `PoolUnavailable` or `JobFailed`.
         """
         for job in self._jobs:
             self._stream.submit(job)
-        events = self._stream.get(patience_s)
-        for event in events:
-            if isinstance(event, Failed):
-                raise self._failed(event)
-        self._stream.unget(events)
+        unheard = {job.id for job in self._jobs}
+        has_grammar = self._jobs[0].grammar is not None
+        until = time.monotonic() + min(patience_s, self._deadline.left(started=False) or patience_s)
+        seen: list[Event] = []
+        while unheard and (left := until - time.monotonic()) > 0:
+            events = self._stream.get(left)
+            for event in events:
+                if isinstance(event, Failed):
+                    raise self._failed(event)
+                if not (has_grammar and isinstance(event, Queued)):
+                    unheard.discard(event.id)
+            seen += events
+        self._stream.unget(seen)
 
     def pieces(self, tick_s: float | None = None) -> Iterator[list[Piece]]:
-        """Yield the pieces of text of each turn, until every choice has ended; [] after ``tick_s`` seconds of silence.
+        """Yield the pieces of text of each turn, until every choice has ended.
 
-        Raises `JobFailed`, `DeadlineExceeded`, or what `abort` was given.
+        [] after ``tick_s`` seconds of silence, and when the place in the queue has changed. If the time is over, the
+        answer is what there is (`warnings` says so). Raises `JobFailed`, `DeadlineExceeded` if nothing had begun by
+        then, or what `abort` was given.
         """
         shown = [piece for job in self._jobs if not self._scores_echo(job) for piece in self._echo_pieces(job)]
         if shown:
             yield shown
         while self._unfinished:
             events = self._stream.get(self._patience(tick_s))
-            if not events:
-                if self._deadline is not None and self._clock() >= self._deadline:
-                    raise DeadlineExceeded(self.started)
-                yield []
-                continue
             pieces, failure = self._take(events)
-            if pieces:
-                yield pieces
-            if failure is not None:
+            over = self._unfinished and self._deadline.is_over(self.started)
+            if over and (failure is None or (failure.cause == "queue_time" and self.started)):
+                pieces += self._cut_off()
+            elif failure is not None:
+                if pieces:
+                    yield pieces
                 raise self._failed(failure)
-            if self._deadline is not None and self._unfinished and self._clock() >= self._deadline:
-                raise DeadlineExceeded(self.started)
+            if pieces or not events or self._moved:
+                self._moved = False
+                yield pieces
 
     def answers(self) -> list[Answer]:
         """Return the complete choices. Raises what `pieces` raises."""
@@ -186,7 +227,14 @@ class Generation:
             for piece in pieces:
                 parts[piece.choice].add(piece)
         return [
-            Answer("".join(own.texts), choice.finish_reason or "stop", own.tokens, own.prompt, choice.mean_logprob)
+            Answer(
+                "".join(own.texts),
+                choice.finish_reason or "stop",
+                own.tokens,
+                own.prompt,
+                choice.mean_logprob,
+                choice.stop_string,
+            )
             for own, choice in zip(parts, self._choices, strict=True)
         ]
 
@@ -199,35 +247,61 @@ class Generation:
         self._stream.close()
 
     def _patience(self, tick_s: float | None) -> float | None:
-        if self._deadline is None:
-            return tick_s
-        left = max(0.0, self._deadline - self._clock())
-        return left if tick_s is None else min(left, tick_s)
+        left = self._deadline.left(self.started)
+        return tick_s if left is None else left if tick_s is None else min(left, tick_s)
+
+    def _cut_off(self) -> list[Piece]:
+        """The time is over: cancel what is unfinished, and end it where it is. Raises `DeadlineExceeded`."""
+        if not self.started:
+            raise DeadlineExceeded(False)
+        self.cut = True
+        pieces: list[Piece] = []
+        for job in self._jobs:
+            if self._scores_echo(job):
+                pieces += self._echo_pieces(job)
+            first = self._first_choice[job.id]
+            for index in range(first, first + job.n):
+                choice = self._choices[index]
+                if choice.finish_reason is None:
+                    text = choice.cut()
+                    self._unfinished -= 1
+                    self._stream.end_choice(job.id, index - first)
+                    pieces.append(Piece(index, text, choice.finish_reason, choice.scored))
+        return pieces
 
     def _take(self, events: Sequence[Event]) -> tuple[list[Piece], Failed | None]:
         pieces: list[Piece] = []
         for event in events:
-            if isinstance(event, Output):
+            if type(event) is Output:
                 self._take_output(event, pieces)
             elif isinstance(event, Started):
                 self.started = True
                 self._cached_tokens += event.cached_tokens
             elif isinstance(event, PromptLogprobs):
                 self._take_prompt(event, pieces)
-            elif isinstance(event, Failed):
+            elif isinstance(event, Queued):
+                self._positions[event.id] = event.position
+                self._moved = True
+            elif isinstance(event, Failed) and self._unfinished:
+                # Behind the end (a stop string's, say) it means nothing, whether it comes with that or later.
                 return pieces, event
         return pieces, None
 
     def _failed(self, failure: Failed) -> JobFailed:
-        blames_grammar = failure.kind == "invalid" and failure.message.startswith(_BAD_GRAMMAR)
-        return JobFailed(failure, self._grammar_param if blames_grammar else None)
+        if failure.cause != "grammar":
+            return JobFailed(failure)
+        param = self._grammar_lines.get(failure.line)
+        if param is None and failure.line:
+            failure = msgspec.structs.replace(failure, message=f"{failure.message} (line {failure.line})")
+        return JobFailed(failure, param or self._grammar_param)
 
     # --- what of the prompt is shown
 
     def _choice_text(self, model: Model, job: GenerateJob, stops: StopStrings) -> ChoiceText:
         echo = self._echoes.get(job.id)
         trail = None if job.logprobs is None else TokenTrail(len(echo.text) if echo else 0)
-        return ChoiceText(model.detokenizers.start(job.prompt if echo else ()), stops, job.min_tokens, trail)
+        detokenizer = model.detokenizers.start(job.prompt if echo else (), self._visible_tokens)
+        return ChoiceText(detokenizer, stops, job.min_tokens, trail)
 
     def _scores_echo(self, job: GenerateJob) -> bool:
         """Whether the prompt is shown with its scores: not before they are known."""

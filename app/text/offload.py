@@ -4,6 +4,7 @@ While one greenlet computes, no other client of this process is served. Everythi
 through `off_hub`; the library calls behind it must release the GIL (or be Python code, which gives it up every 5 ms).
 """
 
+import contextvars
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,7 +36,8 @@ def off_hub(function: Callable[..., T], *args: Any) -> T:
         except Exception as error:
             return None, error
 
-    value, error = gevent.get_hub().threadpool.apply(guarded)
+    # Log lines and tenants are those of the request, there too.
+    value, error = gevent.get_hub().threadpool.apply(contextvars.copy_context().run, (guarded,))
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]

@@ -4,11 +4,16 @@ import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from app.text.card import Model
-from app.text.errors import RequestError
+from app.text.errors import ContextLengthExceeded, RequestError
 from app.text.offload import off_hub_if_large
+from app.text.reply.formats import reply_format
+from app.text.reply.parts import Tool
+from app.text.specials import SpecialTokens
 from app.text.template import RESERVED
+from app.text.told_tools import told_in_text
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -21,15 +26,29 @@ class Echo:
     offsets: list[int]
 
 
-def render_chat(
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as the model reads it; ``text`` is what its template wrote."""
+
+    ids: list[int]
+    text: str
+
+
+def read_chat(
     model: Model,
     messages: Conversation,
     *,
+    tools: Sequence[Tool] = (),
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
-) -> str:
-    """Return the conversation as the model's chat template writes it. Raises `RequestError`."""
+    param: str = "messages",
+) -> ChatPrompt:
+    """Return a conversation in the model's chat template, which is told of ``tools``; ``param`` names it in errors.
+
+    The template writes the special tokens, so none are added; those that the client wrote are text. Raises
+    `RequestError`.
+    """
     template = model.template
     if template is None:
         raise RequestError("This model has no chat template; use /v1/completions instead.", "messages")
@@ -40,27 +59,72 @@ def render_chat(
             )
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise RequestError("Only a final message of the assistant can be continued.", "continue_final_message")
+    form = reply_format(model)
+    if not form.template_tools and (tools or any(_is_about_tools(message) for message in messages)):
+        messages = told_in_text(messages, tools, form)
+        tools = ()
 
-    def render() -> str:
-        return template.render(
-            messages,
+    def render() -> tuple[str, str]:
+        given = {
+            "messages": list(messages),
+            "tools": [tool.for_template() for tool in tools],
+            "variables": variables or {},
+        }
+        safe, cut = special_tokens(model).cut(given)
+        text = template.render(
+            safe["messages"],
+            tools=safe["tools"],
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            variables=variables,
+            variables=safe["variables"],
         )
+        return text, cut
 
     characters = sum(len(message["content"]) for message in messages)
-    model.check_characters(characters, "messages")
-    size = characters + 64 * len(messages)
-    return off_hub_if_large(size, render)
+    model.check_characters(characters, param)
+    size = characters + 64 * len(messages) + 1024 * len(tools)
+    text, cut = off_hub_if_large(size, render)
+    if not cut:
+        return ChatPrompt(model.encode(text, add_bos=False, param=param), text)
+    return ChatPrompt(_encode_pieces(model, text.split(cut), param), text.replace(cut, ""))
 
 
 def chat_prompt(model: Model, messages: Conversation, **options: Any) -> list[int]:
-    """Return the tokens of a conversation; ``options`` as for `render_chat`.
+    """Return the tokens of a conversation; ``options`` as for `read_chat`. Raises `RequestError`."""
+    return read_chat(model, messages, **options).ids
 
-    The template writes the special tokens, so none are added. Raises `RequestError`.
-    """
-    return model.encode(render_chat(model, messages, **options), add_bos=False, param="messages")
+
+def special_tokens(model: Model) -> SpecialTokens:
+    """Return the special tokens of ``model``; worked out once for each."""
+    known = _specials.get(model)
+    if known is None:
+        known = _specials[model] = SpecialTokens(model.tokenizer, frozenset(model.card.special_tokens.values()))
+    return known
+
+
+_specials: WeakKeyDictionary[Model, SpecialTokens] = WeakKeyDictionary()
+
+
+def _is_about_tools(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "tool" or bool(message.get("tool_calls"))
+
+
+def _encode_pieces(model: Model, pieces: Sequence[str], param: str) -> list[int]:
+    """Return the tokens of the pieces, one behind the other. Raises `ContextLengthExceeded`."""
+    model.check_characters(sum(map(len, pieces)), param)
+
+    def encode() -> list[int]:
+        encodings = model.tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        count = sum(map(len, encodings))
+        if count > model.card.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {model.card.max_model_len} tokens, "
+                f"but the prompt has {count} tokens.",
+                param,
+            )
+        return [token for encoding in encodings for token in encoding.ids]
+
+    return off_hub_if_large(sum(map(len, pieces)) + 64 * len(pieces), encode)
 
 
 def completion_prompt(model: Model, prompt: str | list[int], *, wrap: bool, param: str = "prompt") -> list[int]:
@@ -72,8 +136,7 @@ def completion_prompt(model: Model, prompt: str | list[int], *, wrap: bool, para
         check_token_ids(model, prompt, param)
         return prompt
     if wrap:
-        text = render_chat(model, [{"role": "user", "content": prompt}])
-        return model.encode(text, add_bos=False, param=param)
+        return chat_prompt(model, [{"role": "user", "content": prompt}], param=param)
     ids = model.encode(prompt, add_bos=True, param=param)
     if not ids:
         raise RequestError("An empty text has no tokens to start from.", param)

@@ -21,6 +21,7 @@ from app import create_app
 from config.settings import Settings
 from tests.app.scripted_pool import ScriptedPool, eventually
 from tests.app.tiny import write_card
+from tests.lifeline import tied
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,8 @@ def pool(runtime: Path) -> Iterator[ScriptedPool]:
 @contextlib.contextmanager
 def application(runtime: Path, **settings: object) -> Iterator[Flask]:
     """The application in this process."""
-    app = create_app(Settings(base_model="tiny", runtime_dir=runtime, **settings))
+    given = {"base_model": "tiny", "runtime_dir": runtime, "state_dir": runtime / "state", **settings}
+    app = create_app(Settings(**given))
     try:
         yield app
     finally:
@@ -94,12 +96,13 @@ def serving(**settings: object) -> Iterator[Server]:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TAILRACE_")}
         environ |= {f"TAILRACE_{name.upper()}": str(value) for name, value in settings.items()}
         environ |= {"TAILRACE_RUNTIME_DIR": str(folder), "TAILRACE_BASE_MODEL": "tiny"}
+        environ["TAILRACE_STATE_DIR"] = str(folder / "state")
         log = folder / "gunicorn.log"
         command = [sys.executable, "-m", "gunicorn", "-c", str(config), "-k", "gevent", "-w", "1"]
         command += ["--keep-alive", "30", "--graceful-timeout", "5", "--bind", f"127.0.0.1:{port}"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, "tests.app.measured:create_app()"],
+                tied([*command, "tests.app.measured:create_app()"]),
                 cwd=ROOT,
                 env=environ,
                 stdout=output,
@@ -127,7 +130,7 @@ def _answers(url: str) -> bool:
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[Server]:
-    with serving(keepalive_comment_s=0.1, send_timeout_s=2) as server:
+    with serving(keepalive_comment_s=0.1, send_timeout_s=2, receive_timeout_s=2) as server:
         yield server
 
 

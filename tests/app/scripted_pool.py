@@ -14,7 +14,9 @@ from typing import Any
 
 import gevent
 
+from tests.app.tiny import tokenizer
 from workers.messages import (
+    Attach,
     Cancel,
     ClientMessage,
     Embedded,
@@ -24,6 +26,7 @@ from workers.messages import (
     Failed,
     GenerateJob,
     Job,
+    Keep,
     Output,
     PoolStatus,
     PromptLogprobs,
@@ -32,6 +35,8 @@ from workers.messages import (
     TokenLogprobs,
     WorkerStatus,
 )
+from workers.pool.journal import Entry
+from workers.pool.rooms import Room, Rooms
 from workers.wire import Decoder, encode
 
 DEADLINE_S = 10.0
@@ -114,15 +119,48 @@ def vectors(make: Callable[[EmbedJob], bytes]) -> Reply:
     return lambda job: [Started(id=job.id), Embedded(id=job.id, vector=make(job))]
 
 
-def refusal(kind: str, message: str = "no", retry_after: float | None = None) -> Reply:
-    """Refuse every job."""
-    return lambda job: [Failed(id=job.id, kind=kind, message=message, retry_after=retry_after)]  # type: ignore[arg-type]
+def refusal(kind: str, message: str = "no", retry_after: float | None = None, **more: Any) -> Reply:
+    """Refuse every job; ``more`` are fields of `Failed`."""
+    return lambda job: [Failed(id=job.id, kind=kind, message=message, retry_after=retry_after, **more)]  # type: ignore[arg-type]
+
+
+class Line:
+    """One connection, as rooms see it: what is posted goes out with `flush`, in one frame."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pending = bytearray()
+        self._events: list[Event] = []
+        self.post = self._events.append
+
+    def flush(self) -> None:
+        if self._events:
+            frame = encode(Events(events=list(self._events)))
+            self._events.clear()
+            with contextlib.suppress(OSError):
+                self.connection.sendall(frame)
 
 
 class ScriptedPool:
-    """The pool's end of the socket at ``path``. ``jobs`` and ``cancels`` hold all that came, in order."""
+    """The pool's end of the socket at ``path``. ``jobs`` and ``cancels`` hold all that came, in order.
 
-    def __init__(self, path: Path, card_path: Path | None) -> None:
+    Kept requests are kept by the real rooms, for ``window_s`` by ``clock``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        card_path: Path | None,
+        *,
+        window_s: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._window_s = window_s
+        self._lock = threading.RLock()
+        self._lines: dict[socket.socket, Line] = {}
+        self._rooms_of: dict[str, Room] = {}
+        self._open_rooms()
         self.path = path
         self.reply: Reply = silent
         self.jobs: list[Job] = []
@@ -143,8 +181,12 @@ class ScriptedPool:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
         return self
 
+    def _open_rooms(self) -> None:
+        self.rooms = Rooms(self, window_s=self._window_s, clock=self._clock)
+        self._rooms_of.clear()
+
     def stop(self) -> None:
-        """Die: no listener, all connections cut."""
+        """Die: no listener, all connections cut, everything forgotten."""
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -156,6 +198,7 @@ class ScriptedPool:
                 connection.shutdown(socket.SHUT_RDWR)
         self._connections.clear()
         self._owners.clear()
+        self._open_rooms()
 
     def reset(self) -> None:
         """Forget the past, for the next test."""
@@ -163,9 +206,15 @@ class ScriptedPool:
         self.answers_queries = True
         self.jobs.clear()
         self.cancels.clear()
+        with self._lock:
+            self._open_rooms()
 
     def send(self, *events: Event) -> None:
-        """Send events, in one frame, to whoever asked for the first one's job."""
+        """Send events, in one frame, to whoever asked for the first one's job, or reads it."""
+        room = self._rooms_of.get(events[0].id)
+        if room is not None:
+            self._tell(room, events)
+            return
         self.send_raw(events[0].id, encode(Events(events=list(events))))
 
     def send_raw(self, job_id: str, data: bytes) -> None:
@@ -187,6 +236,19 @@ class ScriptedPool:
         """Wait until ``condition`` holds; meanwhile the application in this process goes on."""
         eventually(condition, timeout)
 
+    def tend(self) -> None:
+        """Let the rooms look at the clock."""
+        with self._lock:
+            self.rooms.tend(self._clock())
+            self._flush()
+
+    def hang_up(self) -> None:
+        """Cut the connections of all HTTP workers: they take it for the pool's death, the rooms for theirs."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
     def is_cancelled(self, job_id: str) -> bool:
         """Whether the whole job was cancelled."""
         return any(cancel.id == job_id and cancel.choice is None for cancel in self.cancels)
@@ -207,6 +269,54 @@ class ScriptedPool:
         }
         return PoolStatus(**{**values, **changes})
 
+    # --- what rooms want of a broker
+
+    def cancel(self, client: Room, cancel: Cancel) -> None:
+        self.cancels.append(cancel)
+        entry = client.jobs[cancel.id]
+        entry.drop(cancel.choice or 0)
+        if entry.complete:
+            del client.jobs[cancel.id]
+
+    def client_gone(self, client: Room) -> None:
+        self.cancels += [Cancel(id=job_id) for job_id in client.jobs]
+        client.jobs.clear()
+
+    def _tell(self, room: Room, events: Iterable[Event]) -> None:
+        """As the broker does."""
+        with self._lock:
+            for event in events:
+                entry = room.jobs.get(event.id)
+                if entry is None or (isinstance(event, Output) and not entry.accept(event)):
+                    continue
+                room.post(event)
+                if isinstance(event, Failed) or (isinstance(event, Output) and entry.complete):
+                    del room.jobs[event.id]
+            self._flush()
+
+    def _flush(self) -> None:
+        while self.rooms.busy:
+            self.rooms.pump()
+        for line in self._lines.values():
+            line.flush()
+
+    def _take_kept(self, message: ClientMessage, connection: socket.socket) -> bool:
+        """Do what concerns kept requests; return whether that was all there is to do."""
+        line = self._lines.setdefault(connection, Line(connection))
+        if isinstance(message, Keep):
+            line.post(self.rooms.keep(line, message))
+        elif isinstance(message, Attach):
+            self.rooms.attach(line, message)
+        elif not isinstance(message, Cancel) or not self.rooms.cancel(line, message):
+            if isinstance(message, GenerateJob) and message.kept:
+                room = self.rooms.room_of(line, message.kept)
+                assert room is not None
+                room.jobs[message.id] = Entry(message, room)
+                self._rooms_of[message.id] = room
+            return False
+        self._flush()
+        return True
+
     # --- the threads
 
     def _accept(self, listener: socket.socket) -> None:
@@ -226,27 +336,49 @@ class ScriptedPool:
             while data := connection.recv(65536):
                 for message in decoder.feed(data):
                     self._take(message, connection)
+        with self._lock:
+            if connection in self._lines:
+                self.rooms.client_gone(self._lines.pop(connection))
 
     def _take(self, message: ClientMessage, connection: socket.socket) -> None:
         if isinstance(message, StatusQuery):
             if self.answers_queries:
                 connection.sendall(encode(self.status))
             return
+        with self._lock:
+            if self._take_kept(message, connection):
+                return
         if isinstance(message, Cancel):
             self.cancels.append(message)
             return
+        assert isinstance(message, GenerateJob | EmbedJob)
         self._owners[message.id] = connection
         events = self.reply(message)
         self.jobs.append(message)
         if events is not None:
             # A reply may wait for something that the client sends.
-            threading.Thread(target=self._answer, args=(events, connection), daemon=True).start()
+            threading.Thread(target=self._answer, args=(events, message.id, connection), daemon=True).start()
 
-    @staticmethod
-    def _answer(events: Iterable[Event], connection: socket.socket) -> None:
+    def _answer(self, events: Iterable[Event], job_id: str, connection: socket.socket) -> None:
+        room = self._rooms_of.get(job_id)
         with contextlib.suppress(OSError):
             for event in events:
-                connection.sendall(encode(Events(events=[event])))
+                if room is not None:
+                    self._tell(room, [event])
+                else:
+                    connection.sendall(encode(Events(events=[event])))
+
+
+def generate_job(pool: ScriptedPool) -> GenerateJob:
+    """The last job, which must be one of generation."""
+    job = pool.jobs[-1]
+    assert isinstance(job, GenerateJob)
+    return job
+
+
+def prompt_text(pool: ScriptedPool) -> str:
+    """The prompt of the last job as the model reads it."""
+    return tokenizer().decode(generate_job(pool).prompt, skip_special_tokens=False)
 
 
 def eventually(condition: Callable[[], Any], timeout: float = DEADLINE_S) -> Any:

@@ -1,6 +1,5 @@
 """Chat completions through the application in this process, with a scripted pool behind it."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,27 +9,14 @@ import pytest
 from flask.testing import FlaskClient
 
 from tests.app.conftest import application
-from tests.app.scripted_pool import ScriptedPool, refusal, tokens
+from tests.app.scripted_pool import ScriptedPool, generate_job, refusal, tokens
 from tests.app.tiny import IM_END, ids_of, tokenizer, write_card
-from workers.messages import Event, GenerateJob, Job, Output, Started
+from tests.sse import data_events
+from workers.messages import Event, Job, Output, Started
 
 URL = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 REPLY = "你好，world 😀!"
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    """The data of a stream, which must end with [DONE]; comments left out."""
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks), text
-    assert blocks[-1] == "data: [DONE]"
-    return [json.loads(block[6:]) for block in blocks[:-1]]
-
-
-def generate_job(pool: ScriptedPool) -> GenerateJob:
-    job = pool.jobs[-1]
-    assert isinstance(job, GenerateJob)
-    return job
 
 
 def test_answers_in_the_shape_of_openai(client: FlaskClient, pool: ScriptedPool) -> None:
@@ -47,7 +33,7 @@ def test_answers_in_the_shape_of_openai(client: FlaskClient, pool: ScriptedPool)
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": REPLY},
+            "message": {"role": "assistant", "content": REPLY, "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
         }
@@ -91,11 +77,11 @@ def test_a_stream_is_the_same_answer_in_pieces(client: FlaskClient, pool: Script
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert response.headers["Cache-Control"] == "no-cache"
     assert response.headers["X-Accel-Buffering"] == "no"
-    chunks = events(response.text)
+    chunks = data_events(response.text)
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
     assert "".join(delta.get("content", "") for delta in deltas) == REPLY
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert deltas[-1] == {}
@@ -105,7 +91,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client: FlaskClient, pool: Script
 def test_a_stream_tells_its_usage_when_asked(client: FlaskClient, pool: ScriptedPool) -> None:
     pool.reply = tokens(ids_of(REPLY), reason="length")
     body = {**HELLO, "stream": True, "stream_options": {"include_usage": True}}
-    chunks = events(client.post(URL, json=body).text)
+    chunks = data_events(client.post(URL, json=body).text)
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == len(ids_of(REPLY))
@@ -125,7 +111,7 @@ def test_several_choices_have_their_own_text(client: FlaskClient, pool: Scripted
     response = client.post(URL, json={**HELLO, "n": 3, "stream": stream})
     if stream:
         texts = ["", "", ""]
-        for chunk in events(response.text):
+        for chunk in data_events(response.text):
             for choice in chunk["choices"]:
                 texts[choice["index"]] += choice["delta"].get("content", "")
     else:
@@ -146,7 +132,7 @@ def test_a_stop_string_ends_the_choice_and_frees_its_place(
     response = client.post(URL, json=body)
 
     if stream:
-        chunks = events(response.text)
+        chunks = data_events(response.text)
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         reason = chunks[-1]["choices"][0]["finish_reason"]
     else:
@@ -192,7 +178,8 @@ def test_the_demos_transcript_comes_as_choices_on_request(client: FlaskClient, p
     ]
     answer = client.post(URL, json={"messages": messages, "transcript_choices": True}).get_json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert [choice["message"] for choice in answer["choices"]] == [*messages, {"role": "assistant", "content": "好"}]
+    reply = {"role": "assistant", "content": "好", "refusal": None}
+    assert [choice["message"] for choice in answer["choices"]] == [*messages, reply]
 
 
 def test_the_servers_settings_change_the_answer(runtime: Path, pool: ScriptedPool) -> None:
@@ -216,7 +203,7 @@ def test_unknown_fields_are_accepted_and_reported(client: FlaskClient, pool: Scr
     pool.reply = tokens([], stop=IM_END)
     body = {"messages": [{"role": "user", "content": "x", "mood": 1}], "fl\r\navour": 2, "user": "u", "stream": stream}
     response = client.post(URL, json=body)
-    warnings = events(response.text)[0]["warnings"] if stream else response.get_json()["warnings"]
+    warnings = data_events(response.text)[0]["warnings"] if stream else response.get_json()["warnings"]
     assert warnings == ["Unknown field, ignored: fl\r\navour", "Unknown field, ignored: messages[0].mood"]
     header = response.headers["X-Tailrace-Warnings"]
     assert "messages[0].mood" in header
@@ -242,21 +229,6 @@ def test_a_refusal_by_the_pool_is_a_real_status(
     assert response.get_json() == {"error": {"message": "Because.", "type": error_type, "param": None, "code": None}}
     assert response.headers.get("Retry-After") == ("3" if status in (429, 503) else None)
     assert response.headers.get("X-Should-Retry") == ("false" if status == 500 else None)
-
-
-def test_a_request_that_waits_too_long_is_429_and_cancelled(client: FlaskClient, pool: ScriptedPool) -> None:
-    response = client.post(URL, json={**HELLO, "timeout": 0.1})
-    assert response.status_code == 429
-    assert int(response.headers["Retry-After"]) >= 1
-    pool.wait(lambda: pool.is_cancelled(pool.jobs[0].id))
-
-
-def test_a_request_that_runs_too_long_is_503_and_cancelled(client: FlaskClient, pool: ScriptedPool) -> None:
-    pool.reply = lambda job: [Started(id=job.id)]
-    response = client.post(URL, json={**HELLO, "timeout": 0.1})
-    assert response.status_code == 503
-    assert response.get_json()["error"]["code"] == "timeout"
-    pool.wait(lambda: pool.is_cancelled(pool.jobs[0].id))
 
 
 def test_a_model_without_a_template_cannot_chat(runtime: Path) -> None:

@@ -11,8 +11,8 @@ from flask.testing import FlaskClient
 
 from tests.app.conftest import application
 from tests.app.scripted_pool import ScriptedPool, refusal, tokens, vectors
-from tests.app.test_chat import events
 from tests.app.tiny import IM_END, ids_of, tokenizer, write_card
+from tests.sse import data_events
 from workers.messages import EmbedJob, Event, GenerateJob, Job, Output
 
 URL = "/v1/completions"
@@ -85,7 +85,7 @@ def test_choices_are_numbered_through_prompts(client: FlaskClient, pool: Scripte
     body = {"prompt": ["a", "b", "c"], "n": 2, "template": "raw", "stream": stream}
     response = client.post(URL, json=body)
     texts = [""] * 6
-    found = events(response.text) if stream else [response.get_json()]
+    found = data_events(response.text) if stream else [response.get_json()]
     for choice in (choice for each in found for choice in each["choices"]):
         texts[choice["index"]] += choice["text"]
     assert texts == ["a0", "a1", "b0", "b1", "c0", "c1"]

@@ -124,6 +124,16 @@ def test_a_window_does_not_hold_back_for_ever() -> None:
     assert len(shown) >= 15
 
 
+@given(text=texts, cut=st.integers(0, 20))
+def test_a_window_shows_the_special_tokens_that_are_asked_for(text: str, cut: int) -> None:
+    special = BYTE_LEVEL.special
+    shown, hidden = sorted(special)[:2]
+    window = WindowDetokenizer(tokenizer(), special, visible=frozenset([shown]))
+    first, rest = ids_of(text[:cut]), ids_of(text[cut:])
+    name = tokenizer().id_to_token(shown)
+    assert window.push([*first, hidden, shown, *rest]) + window.flush() == f"{text[:cut]}{name}{text[cut:]}"
+
+
 @pytest.mark.parametrize("factory", [BYTE_LEVEL, BYTE_FALLBACK, METASPACE])
 def test_unknown_ids_have_no_text(factory: DetokenizerFactory) -> None:
     detokenizer = factory.start()

@@ -13,12 +13,14 @@ from tests.app.tiny import IM_END, ids_of
 from workers.messages import Output, Started
 
 CHAT = "/v1/chat/completions"
+# Far more than it takes on a slow machine, far less than any timeout of the server's.
+SOON_S = 5.0
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["queued", "prefill", "decode"])
 @pytest.mark.parametrize("reset", [False, True])
-def test_leaving_cancels_within_a_second(server: Server, stream: bool, phase: str, reset: bool) -> None:
+def test_leaving_cancels_soon(server: Server, stream: bool, phase: str, reset: bool) -> None:
     client = RawClient(server.port).post(CHAT, {"messages": "Hello", "stream": stream, "n": 2})
     job = server.pool.next_job()
     if phase != "queued":
@@ -31,7 +33,7 @@ def test_leaving_cancels_within_a_second(server: Server, stream: bool, phase: st
 
     client.leave(reset)
 
-    server.pool.wait(lambda: server.pool.is_cancelled(job.id), 1.0)
+    server.pool.wait(lambda: server.pool.is_cancelled(job.id), SOON_S)
     eventually(lambda: server.stats()["open_requests"] == 0)
 
 
@@ -43,7 +45,7 @@ def test_leaving_cancels_every_job_of_a_request(server: Server, path: str, body:
     client = RawClient(server.port).post(path, body)
     server.pool.next_job(jobs)
     client.leave()
-    server.pool.wait(lambda: all(server.pool.is_cancelled(job.id) for job in server.pool.jobs), 1.0)
+    server.pool.wait(lambda: all(server.pool.is_cancelled(job.id) for job in server.pool.jobs), SOON_S)
 
 
 def test_a_finished_request_is_not_cancelled(server: Server) -> None:
@@ -64,7 +66,8 @@ def test_a_client_that_does_not_read_is_dropped_and_disturbs_nobody(server: Serv
         server.pool.send(Output(id=job.id, ids=text))
         assert httpx.get(server.url + "/livez", timeout=1).status_code == 200
         assert time.monotonic() - begun < 15
-    assert server.stats()["hub_lag_s"] < 0.05
+    # A write that waits for the client would hold up everybody for the send timeout, 2 s.
+    assert server.stats()["hub_lag_s"] < 0.5
     eventually(lambda: server.stats()["open_requests"] == 0)
     stalled.leave()
     assert "Traceback" not in server.log.read_text()[logged:]

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from app.api.guided import one_of
 from tests.app.conftest import application
-from tests.app.scripted_pool import ScriptedPool, refusal, tokens
-from tests.app.test_chat import HELLO, generate_job
+from tests.app.scripted_pool import ScriptedPool, generate_job, refusal, tokens
+from tests.app.test_chat import HELLO
 from tests.app.tiny import IM_END, ids_of, tokenizer, write_card
 from workers.messages import Grammar
 
@@ -93,13 +93,19 @@ def test_choices_are_texts_whatever_characters_they_have() -> None:
 def test_a_grammar_that_the_engine_refuses_is_a_400_that_names_the_field(
     client: FlaskClient, pool: ScriptedPool, field: str, value: Any, stream: bool
 ) -> None:
-    pool.reply = refusal("invalid", "the grammar cannot be used: because")
+    pool.reply = refusal("invalid", "the grammar cannot be used: because", cause="grammar")
     response = client.post(CHAT, json={**HELLO, field: value, "stream": stream})
     assert response.status_code == 400
     assert response.get_json()["error"]["param"] == field
     pool.reply = refusal("invalid", "there is no room")
     response = client.post(CHAT, json={**HELLO, field: value, "stream": stream})
     assert (response.status_code, response.get_json()["error"]["param"]) == (400, None)
+
+
+def test_the_line_of_a_grammar_that_is_refused_is_told(client: FlaskClient, pool: ScriptedPool) -> None:
+    pool.reply = refusal("invalid", "the grammar cannot be used: because", cause="grammar", line=7)
+    error = client.post(CHAT, json={**HELLO, "guided_grammar": "start: x"}).get_json()["error"]
+    assert (error["param"], error["message"]) == ("guided_grammar", "the grammar cannot be used: because (line 7)")
 
 
 def test_unknown_fields_of_a_format_are_reported(client: FlaskClient, pool: ScriptedPool) -> None:

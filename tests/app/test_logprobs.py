@@ -6,9 +6,10 @@ import pytest
 from flask.testing import FlaskClient
 
 from app.text.detokenizer import DetokenizerFactory
-from tests.app.scripted_pool import ScriptedPool, scored
-from tests.app.test_chat import HELLO, events, generate_job
+from tests.app.scripted_pool import ScriptedPool, generate_job, scored
+from tests.app.test_chat import HELLO
 from tests.app.tiny import IM_END, ids_of, tokenizer
+from tests.sse import data_events
 from workers.messages import Event, GenerateJob, Job, Output, TokenLogprobs
 
 CHAT = "/v1/chat/completions"
@@ -24,7 +25,7 @@ def chat_answer(client: FlaskClient, stream: bool, **body: Any) -> tuple[str, li
         choice = response.get_json()["choices"][0]
         return choice["message"]["content"], choice["logprobs"] and choice["logprobs"]["content"]
     text, content = "", None
-    for chunk in events(response.text):
+    for chunk in data_events(response.text):
         for choice in chunk["choices"]:
             text += choice["delta"].get("content", "")
             if choice["logprobs"] is not None:
@@ -36,7 +37,7 @@ def completion_answer(client: FlaskClient, stream: bool, **body: Any) -> tuple[s
     response = client.post(COMPLETIONS, json={"template": "raw", "prompt": "Hello", **body, "stream": stream})
     assert response.status_code == 200, response.text
     text, joined = "", {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for each in events(response.text) if stream else [response.get_json()]:
+    for each in data_events(response.text) if stream else [response.get_json()]:
         for choice in each["choices"]:
             text += choice["text"]
             for name, values in (choice["logprobs"] or {}).items():
@@ -95,7 +96,7 @@ def test_scores_are_streamed_with_the_piece_that_holds_their_text(client: FlaskC
     pool.reply = scored(ids_of(TEXT), stop=IM_END)
     body = {**HELLO, "logprobs": True, "stop": "STOX", "stream": True}
     sent, shown = b"", ""
-    for chunk in events(client.post(CHAT, json=body).text):
+    for chunk in data_events(client.post(CHAT, json=body).text):
         choice = chunk["choices"][0]
         shown += choice["delta"].get("content", "")
         for entry in (choice["logprobs"] or {"content": []})["content"]:
@@ -187,7 +188,7 @@ def test_prompt_logprobs_are_in_each_choice(client: FlaskClient, pool: ScriptedP
     response = client.post(url, json={**question, "prompt_logprobs": 2, "n": 2, "stream": stream})
     assert response.status_code == 200, response.text
     found: dict[int, Any] = {}
-    for each in events(response.text) if stream else [response.get_json()]:
+    for each in data_events(response.text) if stream else [response.get_json()]:
         for choice in each["choices"]:
             if "prompt_logprobs" in choice:
                 assert choice["index"] not in found

@@ -1,6 +1,8 @@
 """The unmodified openai client is content with all of it."""
 
 import asyncio
+import time
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -9,7 +11,7 @@ from tests.app.conftest import Server
 from tests.app.scripted_pool import refusal, tokens, vectors
 from tests.app.test_completions import vector_of
 from tests.app.tiny import IM_END, ids_of
-from workers.messages import Failed, Output
+from workers.messages import Event, Failed, Job, Output, Queued, Started
 
 REPLY = "中国的首都是北京。😀"
 MESSAGES = [{"role": "user", "content": "请你介绍一下中国的首都"}]
@@ -42,6 +44,21 @@ def test_streamed_chat(client: openai.OpenAI, server: Server) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == REPLY
     assert chunks[-1].usage is not None
+
+
+def test_comments_between_events_that_have_ids_are_passed_over(client: openai.OpenAI, server: Server) -> None:
+    def reply(job: Job) -> Iterator[Event]:
+        yield Queued(id=job.id, position=3)
+        yield Started(id=job.id)
+        for token in ids_of(REPLY)[:3]:
+            # Longer than until the next comment.
+            time.sleep(0.25)
+            yield Output(id=job.id, ids=[token])
+        yield Output(id=job.id, ids=[IM_END], finish_reason="stop", stop_token_id=IM_END)
+
+    server.pool.reply = reply
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)  # type: ignore[arg-type]
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "stop"
 
 
 def test_completions(client: openai.OpenAI, server: Server) -> None:
@@ -113,4 +130,4 @@ def test_a_stream_left_early_is_cancelled(client: openai.OpenAI, server: Server)
     server.pool.send(Output(id=job.id, ids=ids_of("Hi")))
     next(iter(stream))
     stream.close()
-    server.pool.wait(lambda: server.pool.is_cancelled(job.id), 1.0)
+    server.pool.wait(lambda: server.pool.is_cancelled(job.id))

@@ -137,7 +137,7 @@ def test_only_a_number_in_range_is_a_number(client: FlaskClient, field: str, val
         ("priority", 1),
         ("modalities", ["text", "audio"]),
         ("audio", {}),
-        ("store", True),
+        ("store", 1),
         ("reasoning_effort", "low"),
         ("chat_template", "x"),
         ("prompt_embeds", "x"),
@@ -190,11 +190,11 @@ def test_neutral_values_and_metadata_are_accepted_without_a_word(client: FlaskCl
         ([{"role": "user"}], "messages[0].content"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "king", "content": "x"}], "messages[0].role"),
-        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[0].role"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id"),
         ([*HELLO["messages"], {"role": "user", "content": 7}], "messages[1].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].function"),
         ([{"role": "user", "content": "x"}] * 4097, "messages"),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_nul_is_a_character_like_others(client: FlaskClient, pool: ScriptedPoo
 def test_flasks_own_errors_have_the_same_shape(client: FlaskClient) -> None:
     check_error(client.get("/nowhere"), 404)
     check_error(client.get("//v1/models"), 404)
-    response = client.get(CHAT)
+    response = client.get("/v1/completions")
     check_error(response, 405)
     assert "POST" in response.headers["Allow"]
 
@@ -305,7 +305,7 @@ def test_an_unexpected_fault_says_nothing_about_itself(client: FlaskClient, monk
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret in /home/x.py")
 
-    monkeypatch.setattr("app.api.chat.chat_prompt", broken)
+    monkeypatch.setattr("app.api.turn.read_chat", broken)
     error = check_error(client.post(CHAT, json=HELLO), 500)
     assert error["type"] == "server_error"
 

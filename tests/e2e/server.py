@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 from config.sources import ROOT
+from tests.lifeline import tied
 
 START_S = 180.0
 
@@ -47,12 +48,13 @@ class Server:
         settings = {
             "TAILRACE_CONFIG": os.devnull,
             "TAILRACE_RUNTIME_DIR": str(self._home / "run"),
+            "TAILRACE_STATE_DIR": str(self._home / "state"),
             "TAILRACE_ONLY_CPU": "1",
             "TAILRACE_PORT": str(self.port),
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *flags],
+                tied([*command, *flags]),
                 cwd=ROOT, env=inherited | settings | environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.server import Server
+from tests.sse import data_events
 
 JSON = ("-H", "Content-Type: application/json")
 
@@ -84,10 +85,7 @@ def test_streams_are_server_sent_events(server, path):
     head, _, body = shown.partition("\n\n") if "\r" not in shown else shown.partition("\r\n\r\n")
     assert "text/event-stream; charset=utf-8" in head
     assert "X-Accel-Buffering: no" in head
-    lines = [line for line in body.splitlines() if line and not line.startswith(":")]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    chunks = data_events(body.replace("\r\n", "\n"))
     assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 

@@ -1,11 +1,11 @@
 """Every way in which a request can fail, as an answer in OpenAI's error shape: one table."""
 
-import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from flask import Flask, Response
+from flask import Flask, Response, g, has_request_context, request
 from werkzeug.exceptions import HTTPException
 
 from app.text.errors import (
@@ -17,8 +17,9 @@ from app.text.errors import (
     RequestError,
     ShuttingDown,
 )
+from config import logs
 
-log = logging.getLogger("tailrace.app")
+log = logs.logger("tailrace.app")
 
 INVALID = "invalid_request_error"
 RATE_LIMIT = "rate_limit_error"
@@ -70,8 +71,33 @@ class ApiError(Exception):
         return headers
 
     def response(self) -> Response:
-        """The answer, before any byte of another one was sent."""
+        """The answer to the current request, before any byte of another one was sent."""
+        if has_request_context():
+            return as_answer(self, request.path, g.get("request_id", ""))
+        return self.openai_response()
+
+    def openai_response(self) -> Response:
+        """The answer in OpenAI's shape."""
         return Response(self.encoded(), self.status, self.headers(), mimetype="application/json")
+
+
+Shape = Callable[[ApiError, str], Response]
+
+# Path -> how errors look there and below, where they are not OpenAI's.
+_SHAPES: dict[str, Shape] = {}
+
+
+def register_shape(prefix: str, shape: Shape) -> None:
+    """Let ``shape`` make the answers, of error and request id, at or below the path ``prefix``, wrong methods' too."""
+    _SHAPES[prefix] = shape
+
+
+def as_answer(error: ApiError, path: str, request_id: str) -> Response:
+    """Return the error in the shape that the clients of the resource at ``path`` understand."""
+    for prefix, shape in _SHAPES.items():
+        if path == prefix or path.startswith(prefix + "/"):
+            return shape(error, request_id)
+    return error.openai_response()
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
@@ -139,7 +165,7 @@ def register_error_handlers(app: Flask) -> None:
             return Response(status=CLIENT_CLOSED_REQUEST)
         answer = as_api_error(error)
         if answer.status == 500 and not isinstance(error, ApiError | JobFailed | ReaderTooSlow | HTTPException):
-            log.exception("unexpected error while answering a request", exc_info=error)
+            log.error("unexpected error while answering a request", exc_info=error)
         response = answer.response()
         if isinstance(error, HTTPException):
             allow = dict(error.get_headers()).get("Allow")

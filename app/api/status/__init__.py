@@ -1,0 +1,1 @@
+"""/status: a page on which people see how the service is."""

@@ -1,0 +1,49 @@
+"""Tools for a chat template that knows none: told in the system message, calls and results as text of the messages."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from app.text.reply.formats import ReplyFormat
+from app.text.reply.parts import Call, Tool
+
+
+def told_in_text(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: ReplyFormat
+) -> list[Mapping[str, Any]]:
+    """Return the conversation with all of its tools, calls and results written as text.
+
+    Results become messages of the user, those of one turn together: templates know that role, and many want the roles
+    to take turns.
+    """
+    told: list[Mapping[str, Any]] = []
+    results = False
+    for message in messages:
+        if message["role"] == "tool":
+            text = form.write_result(message["content"], message.get("name"))
+            if results:
+                told[-1] = {**told[-1], "content": f"{told[-1]['content']}\n{text}"}
+            else:
+                told.append({"role": "user", "content": text})
+            results = True
+            continue
+        results = False
+        calls = message.get("tool_calls")
+        told.append(_with_calls(message, calls, form) if calls else message)
+    if tools:
+        prompt = form.tools_prompt(tools)
+        if told and told[0]["role"] == "system":
+            told[0] = {**told[0], "content": f"{told[0]['content']}\n\n{prompt}"}
+        else:
+            told.insert(0, {"role": "system", "content": prompt})
+    return told
+
+
+def _with_calls(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], form: ReplyFormat) -> dict[str, Any]:
+    texts = [message["content"]] if message["content"] else []
+    for call in calls:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        texts.append(form.write_call(Call(call["id"], function["name"], arguments)))
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": "\n".join(texts)}

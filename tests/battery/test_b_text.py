@@ -1,0 +1,244 @@
+"""B7, B14, B16, B18: texts that are large or made to hurt, in both directions; names that must not become files."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.app.conftest import Server, application, runtime_directory, serving
+from tests.app.scripted_pool import ScriptedPool, eventually, tokens
+from tests.app.tiny import IM_END, ids_of, write_card
+from tests.battery.answers import Door, check_answer, check_leak, error_of, events_of
+from tests.battery.test_b_fields import BASE, MEDIA, NAMES, parts
+from tests.battery.test_b_grammars import HOSTILE as GRAMMARS
+from workers.messages import Event, Job, Output, Started
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+CONTEXT = 8_192
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Server]:
+    """gunicorn before a pool that answers what the test says."""
+    with serving(keepalive_comment_s=1) as server:
+        yield server
+
+
+@pytest.fixture
+def server(scripted: Server) -> Iterator[Server]:
+    scripted.pool.reset()
+    yield scripted
+    eventually(lambda: scripted.stats()["open_jobs"] == 0)
+
+
+# Families, flags, skin tones, a keycap, Chinese beyond the first plane, and what only looks unfinished.
+TEXT = "👩‍👩‍👧‍👦 🇩🇪 👍🏽 1️⃣ 𠜎 ﷽ é Ａ \ufffd done 😀"
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_b7_a_character_that_is_split_over_tokens_comes_out_whole(server: Server, route: str) -> None:
+    server.pool.reply = tokens(ids_of(TEXT), stop=IM_END)
+    body = {"messages": "x"} if route == CHAT else {"prompt": "x"}
+    whole = httpx.post(server.url + route, json=body, timeout=60).json()["choices"][0]
+    streamed = events_of(httpx.post(server.url + route, json={**body, "stream": True}, timeout=60))
+    pieces = [event["choices"][0] for event in streamed]
+    shown = [piece["delta"].get("content", "") if route == CHAT else piece["text"] for piece in pieces]
+    assert (whole["message"]["content"] if route == CHAT else whole["text"]) == TEXT
+    assert "".join(shown) == TEXT
+    assert sum("\ufffd" in piece for piece in shown) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_b7_a_character_that_never_becomes_whole_is_one_replacement(server: Server, cut: int) -> None:
+    server.pool.reply = tokens([*ids_of("a"), *ids_of("😀")[:cut]], reason="length")
+    answer = httpx.post(server.url + COMPLETIONS, json={"prompt": "x"}, timeout=60).json()
+    assert answer["choices"][0]["text"] in ("a\ufffd", "a😀")
+    json.dumps(answer, ensure_ascii=False).encode()
+
+
+HUGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a million tokens": (COMPLETIONS, {"prompt": [7] * 1_000_000}),
+    "a million tokens to embed": (EMBEDDINGS, {"input": [7] * 1_000_000}),
+    "one word": (COMPLETIONS, {"prompt": "a" * 5_000_000}),
+    "one word to embed": (EMBEDDINGS, {"input": "a" * 5_000_000}),
+    "one word in a message": (CHAT, {"messages": "a" * 5_000_000}),
+    "combining marks": (CHAT, {"messages": "a" + "\u0301" * 500_000}),
+    "spaces": (CHAT, {"messages": " " * 2_000_000}),
+    "emoji": (COMPLETIONS, {"prompt": "😀" * 500_000}),
+    "special tokens": (CHAT, {"messages": "<|im_start|>" * 300_000}),
+    "many messages": (CHAT, {"messages": [{"role": "user", "content": "hello there"}] * 4_096}),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_b14_a_prompt_beyond_the_context(straight: Door, name: str) -> None:
+    route, body = HUGE[name]
+    error = straight.refusal(route, body)
+    assert error["code"] == "context_length_exceeded", error
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_b14_a_huge_prompt_does_not_hold_up_the_others(server: Server, name: str) -> None:
+    """What is done on the hub holds up everybody for most of the request's time, each time and on any machine."""
+    route, body = HUGE[name]
+    content = json.dumps(body).encode()
+    server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
+    shares = []
+    for _ in range(3):
+        server.stats()
+        answer = httpx.post(
+            server.url + route, content=content, headers={"Content-Type": "application/json"}, timeout=120
+        )
+        shares.append(server.stats()["hub_lag_s"] / answer.elapsed.total_seconds())
+        assert answer.status_code in (200, 400), answer.text[:300]
+        # Touching fresh memory and a busy machine may delay some of them.
+        if shares[-1] < 0.4:
+            return
+    raise AssertionError(shares)
+
+
+def test_b15_no_hostile_grammar_is_read_on_the_hub(server: Server) -> None:
+    """Either most of the request's time is spent elsewhere, or it is no more than that of some harmless requests."""
+    server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
+
+    def ask(fields: dict[str, Any]) -> tuple[float, float]:
+        content = json.dumps({"messages": "x", **fields}).encode()
+        server.stats()
+        answer = httpx.post(
+            server.url + CHAT, content=content, headers={"Content-Type": "application/json"}, timeout=120
+        )
+        assert answer.status_code in (200, 400), answer.text[:300]
+        return server.stats()["hub_lag_s"], answer.elapsed.total_seconds()
+
+    harmless = max(ask({})[1] for _ in range(5))
+    for name, fields in GRAMMARS.items():
+        tries = (ask(fields) for _ in range(3))
+        assert any(lag < 0.4 * seconds or lag < 20 * harmless for lag, seconds in tries), name
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_b14_a_prompt_and_an_answer_beyond_the_context(door: Door, route: str) -> None:
+    error = door.refusal(route, {**BASE[route], "max_tokens": CONTEXT})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+
+
+HOSTILE = {
+    "opens": "<tool_call>",
+    "opens and begins": '<tool_call>{"name": "f", "arguments": {',
+    "nearly opens": "<tool_cal",
+    "calls": '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+    "brackets": "<tool_call>" + "[{" * 50,
+    "closes": "</tool_call>",
+    "spaces": "<tool_call>" + " \n" * 30,
+    "quotes": '<tool_call>{"name": "' + '\\"' * 30,
+    "thinks": "<think></think><think>",
+}
+TOOLS = [{"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}}]
+SIZE = 500_000
+
+
+def emits(text: str) -> Any:
+    """A pool that answers with ``text``, some hundred tokens at a time."""
+    ids = ids_of(text)
+
+    def reply(job: Job) -> list[Event]:
+        outputs = [Output(id=job.id, ids=ids[at : at + 256]) for at in range(0, len(ids), 256)]
+        return [Started(id=job.id), *outputs, Output(id=job.id, finish_reason="length")]
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [*((name, False) for name in HOSTILE), *((name, True) for name in ("opens", "calls", "brackets"))],
+)
+def test_b16_hostile_calls_take_linear_time_and_stay_text(server: Server, name: str, stream: bool) -> None:
+    seconds: dict[int, list[float]] = {}
+    # A busy machine makes the first comparison worth little.
+    for size in (SIZE // 4, SIZE) * 4:
+        if size == SIZE // 4 and seconds.get(SIZE) and grows_linearly(seconds):
+            break
+        text = HOSTILE[name] * (size // len(HOSTILE[name]))
+        server.pool.reply = emits(text)
+        begun = time.monotonic()
+        body = {"messages": "x", "tools": TOOLS, "stream": stream}
+        answer = httpx.post(server.url + CHAT, json=body, timeout=120)
+        seconds.setdefault(size, []).append(time.monotonic() - begun)
+        assert answer.status_code == 200, answer.text[:300]
+        check_leak(answer.text[:100_000])
+        if stream:
+            choices = [each["choices"][0] for each in events_of(answer) if each["choices"]]
+            assert not any("error" in each for each in events_of(answer))
+            calls = [each for each in choices if each["delta"].get("tool_calls")]
+            shown = "".join(each["delta"].get("content") or "" for each in choices)
+        else:
+            message = answer.json()["choices"][0]["message"]
+            calls, shown = message.get("tool_calls") or [], message["content"] or ""
+        # No tool of this name was given.
+        assert not calls
+        if name != "thinks":
+            assert "".join(shown.split()) == "".join(text.split())
+    assert grows_linearly(seconds), seconds
+
+
+def grows_linearly(seconds: dict[int, list[float]]) -> bool:
+    """Four times the text must not take sixteen times the time, as its square would."""
+    return min(seconds[SIZE]) <= 10 * min(seconds[SIZE // 4])
+
+
+_ARMED = threading.Event()
+_SEEN: list[tuple[str, str]] = []
+_WATCHED = ("open", "socket.connect", "socket.getaddrinfo", "os.listdir", "os.scandir", "subprocess.Popen", "os.exec")
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in _WATCHED and _ARMED.is_set():
+        _SEEN.append((event, repr(arguments[:2])[:200]))
+
+
+@pytest.fixture(scope="module")
+def audited() -> None:
+    """From here on Python tells what files are opened and what addresses are asked for while `_ARMED` is set."""
+    sys.addaudithook(_watch)
+
+
+def test_b18_b19_no_name_and_no_address_in_a_request_is_ever_opened(audited: None, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    canary.write_text("x")
+    with runtime_directory() as folder:
+        pool = ScriptedPool(folder / "pool.sock", write_card(folder)).start()
+        pool.reply = tokens([], stop=IM_END)
+        with application(folder) as app:
+            client = app.test_client()
+            assert client.post(CHAT, json={"messages": "warm", "max_tokens": 1}).status_code == 200
+            assert client.post(CHAT, json={"messages": "warm", "model": "none"}).status_code == 404
+            assert client.get("/v1/models/none").status_code == 404
+            _SEEN.clear()
+            _ARMED.set()
+            try:
+                for name in [*NAMES, str(canary), f"file://{canary}"]:
+                    for route, base in BASE.items():
+                        answer = client.post(route, json={**base, "model": name})
+                        assert answer.status_code in (400, 404)
+                        error_of(answer.data)
+                    client.get(f"/v1/models/{name}")
+                for url in [*MEDIA, f"file://{canary}"]:
+                    for part in parts(url.replace("{port}", "9")):
+                        body = {"messages": [{"role": "user", "content": [part]}]}
+                        answer = client.post(CHAT, json=body)
+                        check_answer(answer.status_code, dict(answer.headers.items(lower=True)), answer.data)
+                        assert answer.status_code == 400
+                for field in ("chat_template", "api_base", "prompt_embeds", "lora_path"):
+                    client.post(CHAT, json={"messages": "x", "max_tokens": 1, field: str(canary)})
+            finally:
+                _ARMED.clear()
+        pool.stop()
+    assert _SEEN == []
