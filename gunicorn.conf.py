@@ -4,9 +4,7 @@ Read at start and again at each HUP, both times inside the arbiter. Nothing here
 wait: the arbiter forks the HTTP workers, and its loop looks after all of them.
 """
 
-import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -15,20 +13,24 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from gunicorn.errors import HaltServer  # noqa: E402
+from setproctitle import getproctitle, setproctitle  # noqa: E402
 
-from config import logs  # noqa: E402
+from config import keys, logs, notify  # noqa: E402
+from config.arbiter import SteeredArbiter  # noqa: E402
 from config.checks import preflight  # noqa: E402
+from config.problems import ConfigError  # noqa: E402
 from config.runtime_dir import make_private  # noqa: E402
 from config.settings import Settings, load  # noqa: E402
-from config.sources import ConfigError  # noqa: E402
 from workers.pool.keeper import PoolGaveUp, PoolKeeper  # noqa: E402
+from workers.pool.spokesman import Spokesman  # noqa: E402
 
-_log = logging.getLogger("tailrace.arbiter")
+_log = logs.logger("tailrace.arbiter")
 
 # Seconds that the pool and its model workers get to leave, after the HTTP workers.
 _POOL_STOP_S = 10.0
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+# What systemd allows beyond what we allow ourselves.
+_STOP_MARGIN_S = 10.0
+_WATCHDOG_MARGIN_S = 30.0
 
 # What a running model worker cannot be told: a change waits for a restart of the pool.
 _NEEDS_RESTART = (
@@ -48,8 +50,11 @@ _NEEDS_RESTART = (
     "max_batch",
     "prefill_chunk",
     "max_queue",
+    "max_queue_tokens",
+    "queue_timeout_s",
     "watchdog_s",
     "max_replays",
+    "resume_window_s",
     "cache_dir",
 )
 
@@ -58,11 +63,9 @@ def _read_settings() -> Settings:
     """Return the settings, checked. Raises `ConfigError`."""
     settings = load()
     make_private(settings.runtime_dir)
-    if not _launches_pool(settings):
-        return settings  # model and GPU are the business of the pool's own unit; here they need not even be visible
-    checked = preflight(settings)
-    for notice in checked.notices:
-        print(f"tailrace: {notice}", file=sys.stderr)
+    # With a pool of its own, model and GPU are that unit's business; here they need not even be visible.
+    checked = preflight(settings, model=_launches_pool(settings))
+    logs.complain(checked.notices, "warning", settings.log_format)
     return checked.settings
 
 
@@ -71,11 +74,18 @@ def _launches_pool(settings: Settings) -> bool:
     return bool(getattr(settings, "launch_pool", True))
 
 
+# gunicorn would say READY=1 before anything is loaded. (Nothing is found any more when this is read again.)
+_notifier = notify.take(os.environ, os.getpid())
+
+if keys.seal(os.environ):
+    # The variables that this process was started with stand beside its arguments; a new title goes over both.
+    setproctitle(getproctitle())
+
 try:
     _chosen = _read_settings()
 except ConfigError as _error:
-    for _problem in _error.problems:
-        print(f"tailrace: error: {_problem}", file=sys.stderr)
+    logs.complain(_error.problems)
+    _notifier.send(f"STATUS={'; '.join(_error.problems)}")
     sys.exit(2)
 
 # --- what gunicorn is told --------------------------------------------------------------------------------------------
@@ -99,97 +109,89 @@ max_requests = 0
 control_socket_disable = True
 # Not inherited by fork: locks made before gevent patches would stay unpatched.
 preload_app = False
-limit_request_field_size = 16380
+limit_request_field_size = 8190
+# Nothing is decided by what a proxy says of scheme and path; whose address it tells is the door's business.
+forwarded_allow_ips = ""
+forwarder_headers = ""
 # The heartbeat's file: on a disk, a busy disk would look like a blocked worker.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 # HTTP/1.1 only: gunicorn serves the streams of one HTTP/2 connection one after another.
-logconfig_dict = logs.gunicorn_config(_chosen.log_level)
+logconfig_dict = logs.gunicorn_config(logs.LogSettings.of(_chosen))
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
 def on_starting(server):  # type: ignore[no-untyped-def]
-    """Start the pool and make looking after it part of the arbiter's loop."""
+    """Steer the arbiter, start the pool and make looking after it part of the arbiter's loop."""
     # The pool stays where it is through every reload, also when a new port would mean a new default.
     os.environ["TAILRACE_RUNTIME_DIR"] = str(_chosen.runtime_dir)
-    keeper = PoolKeeper(_chosen.pool_socket, logging.getLogger("tailrace.arbiter"), launch=_launches_pool(_chosen))
+    keeper = PoolKeeper(_chosen.pool_socket, _log, launch=_launches_pool(_chosen))
     server.tailrace_keeper = keeper
+    logs.take_over()
     server.tailrace_settings = _chosen
 
-    def tended(original):  # type: ignore[no-untyped-def]
-        def call() -> None:
-            original()
-            if server.LISTENERS:  # none: it is stopping, and the pool must not come back
-                try:
-                    keeper.tend()
-                except PoolGaveUp as reason:
-                    raise HaltServer(str(reason), 2) from None
-
-        return call
-
-    def checked(reload):  # type: ignore[no-untyped-def]
-        def call() -> None:
-            # gunicorn would leave a running service over a typo in a file, its workers orphaned.
-            try:
-                _read_settings()
-            except ConfigError as error:
-                for problem in error.problems:
-                    _log.error("not reloaded: %s", problem)
-            else:
-                reload()
-
-        return call
-
-    def held_back(spawn):  # type: ignore[no-untyped-def]
-        def call() -> int:
-            # A signal that reaches a worker between its fork and its own handlers would go into its copy of the
-            # arbiter's queue and be lost, and TERM would wait for the whole graceful timeout. `post_fork` lifts this.
-            old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-            try:
-                pid: int = spawn()
-                return pid
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-
-        return call
+    def tend() -> None:
+        try:
+            keeper.tend()
+        except PoolGaveUp as reason:
+            raise HaltServer(str(reason), 2) from None
 
     if Path(sys.argv[0]).name == "__main__.py":
         # Started as "python -m gunicorn": executed again as a plain file (USR2), the folder of gunicorn's modules would
         # come first in the path, and its "http" hide Python's own.
         server.START_CTX["args"] = [sys.executable, "-m", "gunicorn", *sys.argv[1:]]
-    # manage_workers runs on each turn, at least once a second; reap_workers also in the long wait of a reload.
-    server.manage_workers = tended(server.manage_workers)
-    server.reap_workers = tended(server.reap_workers)
-    server.reload = checked(server.reload)
-    server.spawn_worker = held_back(server.spawn_worker)
+    SteeredArbiter.take_over(server, tend=tend, may_reload=_may_reload)
+    server.tailrace_spokesman = Spokesman(
+        server,
+        keeper,
+        _notifier,
+        launches=_launches_pool(_chosen),
+        patience_s=_chosen.watchdog_s + _WATCHDOG_MARGIN_S,
+        stop_s=_POOL_STOP_S + _STOP_MARGIN_S,
+    )
     keeper.tend()
 
 
+def _may_reload() -> bool:
+    """Whether the settings are right; what is wrong with them is logged."""
+    try:
+        _read_settings()
+    except ConfigError as error:
+        for problem in error.problems:
+            _log.error("not reloaded", problem=problem)
+        return False
+    return True
+
+
 def on_reload(server):  # type: ignore[no-untyped-def]
-    """Say what of the new settings is not in force yet."""
+    """Let the pool log as chosen now; say what of the new settings is not in force yet."""
+    server.tailrace_keeper.reload()
     old = server.tailrace_settings
     changed = [name for name in _NEEDS_RESTART if getattr(old, name) != getattr(_chosen, name)]
     if changed:
-        _log.warning("changed, but in force only after a restart of the service: %s", ", ".join(changed))
+        _log.warning("changed, but in force only after a restart of the service", settings=changed)
 
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
     """In a new HTTP worker: let go of the lifeline, or the pool would not notice the arbiter's death."""
+    logs.rename("http")
     server.tailrace_keeper.abandon()
-    for each in _STOP_SIGNALS:
-        signal.signal(each, signal.SIG_DFL)  # until gunicorn sets the worker's own
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    server.begin_worker(worker)
+    worker.receive_timeout_s = _chosen.receive_timeout_s
 
 
 def pre_exec(server):  # type: ignore[no-untyped-def]
     """USR2, in the process that becomes the new arbiter: the pool, with the loaded model, goes over to it."""
     server.tailrace_keeper.hand_over(server.cfg.env_orig)
+    keys.seal(server.cfg.env_orig)
+    server.tailrace_spokesman.hand_over(server.cfg.env_orig, os.getpid())
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]
     """The HTTP workers are gone: now the pool, unless a new arbiter has it."""
     if server.reexec_pid:
+        server.tailrace_spokesman.succeeded_by(server.reexec_pid)
         server.tailrace_keeper.abandon()
     else:
         server.tailrace_keeper.stop(_POOL_STOP_S)

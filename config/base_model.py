@@ -59,6 +59,8 @@ def _read_directory(path: Path) -> BaseModel:
         hint = f"; give the GGUF file itself, such as {path / ggufs[0]}" if ggufs else ""
         raise WeightFileError(f"is no model directory: no config.json{hint}")
     config = read_json(path / "config.json")
+    if foreign := _foreign_code(config):
+        raise WeightFileError(f"config.json asks for code from elsewhere ({foreign}), which is never run")
     files = list(safetensors_files(path))
     if not files:
         if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
@@ -73,6 +75,20 @@ def _read_directory(path: Path) -> BaseModel:
         except WeightFileError as error:
             raise WeightFileError(f"{file.name} {error}") from error
     return BaseModel(WeightHeader(shapes), config, gguf=False, quantized="quantization_config" in config)
+
+
+def _foreign_code(config: dict[str, Any]) -> str:
+    """Return the name under which a configuration wants code of the hub's as its attention; "" for none.
+
+    transformers 4.56 to 5.2 would run it (CVE-2026-4372). Names of its own implementations have neither sign. (An
+    ``auto_map`` is harmless: models that transformers knows by itself have one too, and only those are loaded.)
+    """
+    for name, value in config.items():
+        if name.strip("_").startswith("attn_implementation") and any(sign in str(value) for sign in "/:@"):
+            return name
+        if isinstance(value, dict) and (found := _foreign_code(value)):
+            return found
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

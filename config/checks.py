@@ -9,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from config import gpus
+from config import gpus, keys
 from config.model_checks import check_model
 from config.settings import ConfigError, Settings, unknown_variables
 
@@ -27,10 +27,10 @@ class Preflight:
 def preflight(settings: Settings, *, port: bool = True, model: bool = True) -> Preflight:
     """Check all that can be checked without loading. Raises `ConfigError` with a line for each problem.
 
-    ``port`` False leaves out the check of the listening address, for a process that does not listen. It is left out too
-    for an address that was found free before in this process (a reload, where we hold it ourselves) and for sockets
-    that were handed over by a parent. ``model`` False leaves out model and devices, for the HTTP side of a pool that is
-    a service of its own.
+    ``port`` False leaves out the checks of the listening address and of keys, for a process that does not listen. The
+    address is left out too if it was found free before in this process (a reload, where we hold it ourselves), and for
+    sockets that were handed over by a parent. ``model`` False leaves out model and devices, for the HTTP side of a
+    pool that is a service of its own.
     """
     problems: list[str] = []
     notices = unknown_variables()
@@ -45,6 +45,7 @@ def preflight(settings: Settings, *, port: bool = True, model: bool = True) -> P
         problems += check_model(settings)
     if port:
         problems += _check_address(settings.host, settings.port)
+        problems += _check_access(settings, notices)
     if problems:
         raise ConfigError(*problems)
     return Preflight(settings, notices)
@@ -83,6 +84,23 @@ def _check_packages(settings: Settings) -> list[str]:
     if settings.quantization and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(f"--load_in_{settings.quantization}: bitsandbytes is not installed")
     return problems
+
+
+def _check_access(settings: Settings, notices: list[str]) -> list[str]:
+    """Whether the keys can be used, and what is worth a warning of who can come in."""
+    limited = settings.key_max_concurrent or settings.key_requests_per_minute or settings.key_tokens_per_minute
+    if not settings.has_keys:
+        if not settings.on_loopback:
+            notices.append(f"no --api_key: whoever can reach {settings.bind} may use this server")
+        if limited:
+            notices.append("limits for each key have no effect without keys")
+    if settings.api_key_file is None:
+        return []
+    try:
+        notices += keys.check_file(settings.api_key_file)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _sockets_handed_over() -> bool:

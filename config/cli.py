@@ -10,8 +10,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from config import __version__
+from config.problems import PREFIX
 from config.settings import GROUPS, ConfigError, Settings
-from config.sources import PREFIX, nearest
+from config.sources import nearest
 
 _DESCRIPTION = "Serve a language model over an OpenAI-compatible HTTP API."
 _EPILOG = """\

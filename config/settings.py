@@ -1,4 +1,4 @@
-"""Every setting of the service, in one class.
+"""Every setting of the service, in one class (`config.values` has the kinds of values).
 
 A value comes from the first of: the command line (handed on as environment variables), the environment
 (``TAILRACE_<NAME>``), the platform's ``PORT`` and ``WEB_CONCURRENCY``, a TOML file, the default written here. No other
@@ -6,24 +6,40 @@ module reads the environment.
 """
 
 import importlib.util
-import json
+import ipaddress
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from config.sources import PREFIX, PlatformVariables, TomlFile, config_file, nearest
-from config.sources import ConfigError as ConfigError
+from config.problems import PREFIX
+from config.problems import ConfigError as ConfigError
+from config.sources import PlatformVariables, TomlFile, config_file, nearest
+from config.values import (
+    AbsolutePath,
+    AbsolutePathOrNone,
+    Adapters,
+    Gpus,
+    HostNames,
+    Networks,
+    Origins,
+    SealedKeys,
+    Texts,
+    adapter_of,
+)
 
 # A name that the base model always has, since the demo's clients may send it.
 ALIAS = "llama-3-chinese"
 
-GROUPS = ("Model", "Hardware", "Server", "Behaviour", "Limits", "Files and logs")
+# The name under which systemd's units hand over the file of keys.
+KEYS_CREDENTIAL = "tailrace.keys"
+
+GROUPS = ("Model", "Hardware", "Server", "Access", "Behaviour", "Limits", "Files and logs")
 
 
 def _setting(
@@ -56,10 +72,20 @@ def _default_cache_dir() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~")) / ".cache") / "tailrace"
 
 
-def _adapter(text: str) -> tuple[str, str]:
-    """Split NAME=DIR; the name is "" for a plain DIR. A "=" behind a slash belongs to the directory."""
-    name, equals, source = text.partition("=")
-    return (name, source) if equals and name and "/" not in name else ("", text)
+def _default_state_dir(values: dict[str, Any]) -> Path:
+    base = os.environ.get("XDG_STATE_HOME", "")
+    parent = Path(base) if base else Path(os.path.expanduser("~")) / ".local" / "state"
+    return parent / f"tailrace-{values['port']}"
+
+
+def _handed_over_keys() -> Path | None:
+    """Return the file of keys that systemd has handed over (``LoadCredential=tailrace.keys``), if it has."""
+    handed_over = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    path = Path(handed_over) / KEYS_CREDENTIAL
+    if not handed_over:
+        return None
+    # Where one may not look there may be keys: to open it then fails, and to go on without would leave the door open.
+    return path if not os.access(handed_over, os.X_OK) or path.is_file() else None
 
 
 class Settings(BaseSettings):
@@ -77,7 +103,7 @@ class Settings(BaseSettings):
         metavar="DIR_OR_GGUF",
         shown="the embedded SmolLM2-135M-Instruct",
     )
-    lora_model: Annotated[list[str], NoDecode] = _setting(
+    lora_model: Adapters = _setting(
         list,
         "Model",
         "LoRA adapter: DIR is merged into the weights, NAME=DIR is used by requests for the model NAME; repeatable",
@@ -87,7 +113,7 @@ class Settings(BaseSettings):
     tokenizer_path: str | None = _setting(
         None, "Model", "directory of the tokenizer", metavar="DIR", shown="the LoRA's own, else the base model's"
     )
-    served_model_name: Annotated[list[str], NoDecode] = _setting(
+    served_model_name: Texts = _setting(
         list,
         "Model",
         "name that clients use; repeatable",
@@ -103,13 +129,12 @@ class Settings(BaseSettings):
 
     # --- Hardware
     only_cpu: bool = _setting(False, "Hardware", "use no GPU")
-    gpus: Annotated[list[int], NoDecode] = _setting(
+    gpus: Gpus = _setting(
         lambda: [0],
         "Hardware",
         "GPUs to use, one model worker on each, such as 0,1",
         metavar="LIST",
         shown="0",
-        min_length=1,
     )
     use_flash_attention_2: bool = _setting(False, "Hardware", "use the flash-attn package for attention (GPU only)")
     kv_cache_gib: float = _setting(
@@ -123,6 +148,12 @@ class Settings(BaseSettings):
     cpu_threads: int = _setting(
         0, "Hardware", "threads of a model worker on the CPU; 0 = all cores", unit="threads", ge=0, le=4096
     )
+    cpu_kernels: Literal["auto", "compiled", "torch"] = _setting(
+        "auto",
+        "Hardware",
+        "what computes on the CPU: compiled = our C kernels or no start, torch = transformers' own code, "
+        "auto = compiled where model and machine allow it",
+    )
 
     # --- Server
     host: str = _setting("127.0.0.1", "Server", "address to listen on", metavar="ADDRESS")
@@ -135,7 +166,7 @@ class Settings(BaseSettings):
         75, "Server", "how long an idle client connection is kept; more than the proxy keeps it", unit="seconds", ge=1
     )
     graceful_timeout_s: int = _setting(
-        120, "Server", "how long running requests may go on after TERM or HUP", unit="seconds", ge=1
+        120, "Server", "how long running requests may go on after TERM", unit="seconds", ge=1
     )
     keepalive_comment_s: float = _setting(
         5.0,
@@ -145,6 +176,14 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
     )
+    receive_timeout_s: float = _setting(
+        30.0,
+        "Server",
+        "how long a request's headers, and its body beyond a second for each 16 KiB, may take to arrive",
+        unit="seconds",
+        gt=0,
+        allow_inf_nan=False,
+    )
     send_timeout_s: float = _setting(
         60.0,
         "Server",
@@ -152,6 +191,56 @@ class Settings(BaseSettings):
         unit="seconds",
         gt=0,
         allow_inf_nan=False,
+    )
+
+    # --- Access
+    api_key: SealedKeys = _setting(
+        list,
+        "Access",
+        "key that requests must have, with a name for its owner; repeatable; better in a file",
+        metavar="[NAME=]KEY",
+        shown="none: whoever reaches the port may use it",
+    )
+    api_key_file: AbsolutePathOrNone = _setting(
+        _handed_over_keys,
+        "Access",
+        "file with a key on each line, `name: key [limit=number]`; changes are noticed",
+        metavar="FILE",
+        shown="none",
+    )
+    key_max_concurrent: int = _setting(
+        0, "Access", "requests that the holder of a key may have open; 0 = no limit", unit="requests", ge=0
+    )
+    key_requests_per_minute: int = _setting(
+        0, "Access", "requests that the holder of a key may make in a minute; 0 = no limit", unit="requests", ge=0
+    )
+    key_tokens_per_minute: int = _setting(
+        0, "Access", "tokens that the holder of a key may use in a minute; 0 = no limit", unit="tokens", ge=0
+    )
+    bad_keys_per_minute: int = _setting(
+        30, "Access", "wrong keys that an address may try in a minute before it gets 429", unit="keys", ge=1
+    )
+    trusted_proxies: Networks = _setting(
+        lambda: ["127.0.0.1", "::1"],
+        "Access",
+        "address or network whose X-Forwarded-For is believed; repeatable",
+        metavar="ADDRESS",
+        shown="127.0.0.1, ::1",
+    )
+    allowed_hosts: HostNames = _setting(
+        list,
+        "Access",
+        "name that clients may call this server by, beside addresses and local names; .NAME for all below, * for any; "
+        "repeatable",
+        metavar="NAME",
+        shown="none for a server without keys on a loopback address, else any",
+    )
+    cors_origins: Origins = _setting(
+        list,
+        "Access",
+        "origin of web pages that may call this server, * for any; repeatable",
+        metavar="ORIGIN",
+        shown="none",
     )
 
     # --- Behaviour
@@ -175,6 +264,21 @@ class Settings(BaseSettings):
         128, "Limits", "prompt tokens read in one step beside running answers", unit="tokens", ge=1, le=65536
     )
     max_queue: int = _setting(256, "Limits", "requests that may wait; more are answered 429", unit="requests", ge=0)
+    max_queue_tokens: int = _setting(
+        1_000_000,
+        "Limits",
+        "prompt and answer tokens of all requests that wait; more are answered 429",
+        unit="tokens",
+        ge=0,
+    )
+    queue_timeout_s: float = _setting(
+        60.0,
+        "Limits",
+        "longest wait of a request for a model worker, then 429; 0 = as long as the request may take",
+        unit="seconds",
+        ge=0,
+        allow_inf_nan=False,
+    )
     max_body_bytes: int = _setting(8 * 1024 * 1024, "Limits", "longest request body", unit="bytes", ge=1024)
     request_timeout_s: float = _setting(
         600.0, "Limits", "longest life of a request", unit="seconds", gt=0, allow_inf_nan=False
@@ -188,7 +292,32 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
     max_replays: int = _setting(
-        1, "Limits", "times a request is taken up again after its model worker died", unit="times", ge=0
+        3,
+        "Limits",
+        "times a request is taken up again after its model worker died, from the second time on alone",
+        unit="times",
+        ge=0,
+    )
+    resume_window_s: float = _setting(
+        300.0,
+        "Limits",
+        "how long a resumable request goes on, and its answer is kept, without a client; 0 = no request is resumable",
+        unit="seconds",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    store_max_items: int = _setting(
+        10_000,
+        "Limits",
+        "responses and chat completions kept for their clients, the oldest go first; 0 = keep nothing",
+        unit="items",
+        ge=0,
+    )
+    store_max_bytes: int = _setting(
+        1024 * 1024 * 1024, "Limits", "bytes of all that is kept for clients", unit="bytes", ge=1024 * 1024
+    )
+    store_max_age_s: int = _setting(
+        30 * 24 * 3600, "Limits", "how long something is kept that nobody uses", unit="seconds", ge=1
     )
 
     # --- Files and logs
@@ -199,19 +328,36 @@ class Settings(BaseSettings):
         metavar="FILE",
         shown="config/local.toml, if there is one",
     )
-    runtime_dir: Path = _setting(
+    runtime_dir: AbsolutePath = _setting(
         _default_runtime_dir,
         "Files and logs",
         "private directory for the pool's socket",
         metavar="DIR",
         shown="$XDG_RUNTIME_DIR/tailrace-PORT, else in the temporary directory",
     )
-    cache_dir: Path = _setting(
+    cache_dir: AbsolutePath = _setting(
         _default_cache_dir,
         "Files and logs",
         "directory for converted weights",
         metavar="DIR",
         shown="$XDG_CACHE_HOME/tailrace or ~/.cache/tailrace",
+    )
+    state_dir: AbsolutePath = _setting(
+        _default_state_dir,
+        "Files and logs",
+        "private directory for what is kept for clients",
+        metavar="DIR",
+        shown="$XDG_STATE_HOME/tailrace-PORT or ~/.local/state/tailrace-PORT",
+    )
+    log_file: AbsolutePathOrNone = _setting(
+        None,
+        "Files and logs",
+        "file for the log; opened anew when it was moved away",
+        metavar="FILE",
+        shown="standard error",
+    )
+    log_format: Literal["auto", "text", "json"] = _setting(
+        "auto", "Files and logs", "form of the log's lines; auto = text, with journald's priorities under journald"
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Files and logs", "least level logged")
 
@@ -223,12 +369,12 @@ class Settings(BaseSettings):
     @property
     def merged_lora(self) -> str | None:
         """The adapter to merge into the weights."""
-        return next((source for name, source in map(_adapter, self.lora_model) if not name), None)
+        return next((source for name, source in map(adapter_of, self.lora_model) if not name), None)
 
     @property
     def adapters(self) -> dict[str, str]:
         """The adapters that requests choose by model name: name -> directory or hub id."""
-        return {name: source for name, source in map(_adapter, self.lora_model) if name}
+        return {name: source for name, source in map(adapter_of, self.lora_model) if name}
 
     @property
     def served_names(self) -> list[str]:
@@ -247,52 +393,18 @@ class Settings(BaseSettings):
         """The Unix socket on which the pool listens."""
         return self.runtime_dir / "pool.sock"
 
-    @field_validator("gpus", "served_model_name", "lora_model", mode="before")
-    @classmethod
-    def _split_list(cls, value: Any) -> Any:
-        """Accept a real list, a JSON list, or text with commas ("0,1")."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return [value]
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            try:
-                return json.loads(value)
-            except ValueError as error:
-                raise ValueError(f"is no JSON list: {error}") from error
-        return [item.strip() for item in value.split(",") if item.strip()]
+    @property
+    def has_keys(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.api_key) or self.api_key_file is not None
 
-    @field_validator("gpus")
-    @classmethod
-    def _distinct_gpus(cls, value: list[int]) -> list[int]:
-        if min(value) < 0:
-            raise ValueError("GPU numbers start at 0")
-        if len(set(value)) != len(value):
-            raise ValueError("names a GPU twice")
-        return value
-
-    @field_validator("lora_model")
-    @classmethod
-    def _distinct_adapters(cls, value: list[str]) -> list[str]:
-        named = [_adapter(each) for each in value]
-        for (name, source), given in zip(named, value, strict=True):
-            if not source:
-                raise ValueError(f"{given!r} names no directory")
-            if name != name.strip() or not name.isprintable():
-                raise ValueError(f"{name!r} is no name for an adapter")
-        names = [name for name, _ in named]
-        if names.count("") > 1:
-            raise ValueError("only one adapter can be merged; give the others a name (NAME=DIR)")
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"two adapters are named {twice!r}")
-        return value
-
-    @field_validator("runtime_dir", "cache_dir")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        """Independent of the working directory of the process that reads it."""
-        return Path(os.path.abspath(value.expanduser()))
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the port."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
     @classmethod
     def settings_customise_sources(
@@ -346,4 +458,7 @@ def _explain(error: ErrorDetails, given: Mapping[str, Any]) -> str:
     else:
         origin = f"{config_file(given.get('config'))}: {name}"
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if name == "api_key":
+        # Never the value.
+        return f"{origin}: {reason}"
     return f"{origin}: {reason} (got {error['input']!r})"

@@ -9,17 +9,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-PREFIX = "TAILRACE_"
+from config.problems import PREFIX, ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG_FILE = ROOT / "config" / "local.toml"
-
-
-class ConfigError(Exception):
-    """The service cannot start as configured: ``problems`` holds one line for each reason, for the operator."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
 
 
 class _Layer(PydanticBaseSettingsSource):
@@ -44,7 +37,7 @@ class TomlFile(_Layer):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"--config: {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--config: {path}: {error}") from error
         known = [name for name in self.settings_cls.model_fields if name != "config"]
         unknown = [name for name in values if name not in known]

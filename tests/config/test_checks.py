@@ -9,8 +9,8 @@ import pytest
 
 from config import checks, gpus
 from config.checks import preflight
+from config.problems import ConfigError
 from config.settings import load
-from config.sources import ConfigError
 from tests.config.model_files import (
     HIDDEN,
     INNER,
@@ -308,3 +308,34 @@ def test_the_http_side_of_a_pool_of_its_own_looks_at_neither_model_nor_gpu(monke
     monkeypatch.setattr(gpus, "count", lambda: pytest.fail("asked"))
     settings = load({"launch_pool": "false", "base_model": "/not/visible/here", "gpus": "7"})
     assert preflight(settings, port=False, model=False).settings == settings
+
+
+def access_notices(**given: object) -> list[str]:
+    notices: list[str] = []
+    assert checks._check_access(load(given), notices) == []
+    return notices
+
+
+def test_a_server_for_the_world_without_keys_says_so_in_one_line(tmp_path):
+    (line,) = access_notices(host="0.0.0.0")
+    assert "no --api_key" in line
+    (line,) = access_notices(host="llm.example.org", port="80")
+    assert "llm.example.org:80" in line
+    for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
+        assert access_notices(host=host) == []
+    assert access_notices(host="0.0.0.0", api_key="alice=0123456789abcdef") == []
+    path = tmp_path / "keys"
+    path.touch(mode=0o600)
+    path.write_text("alice: 0123456789abcdef\n")
+    assert access_notices(host="0.0.0.0", api_key_file=str(path)) == []
+
+
+def test_limits_without_keys_are_worth_a_warning():
+    assert access_notices(key_max_concurrent="3") == ["limits for each key have no effect without keys"]
+
+
+def test_a_key_file_that_cannot_be_used_ends_the_start(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("alice: a b\n")
+    (problem,) = checks._check_access(load({"api_key_file": str(path)}), [])
+    assert problem.startswith(f"--api_key_file: {path}: line 1: ")

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from config import __version__, cli
+from config.problems import ConfigError
 from config.settings import GROUPS, Settings
-from config.sources import ROOT, ConfigError
+from config.sources import ROOT
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

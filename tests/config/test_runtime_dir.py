@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from config.problems import ConfigError
 from config.runtime_dir import make_private
-from config.sources import ConfigError
 
 
 def test_it_is_created_for_the_owner_only(tmp_path):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from config.problems import ConfigError
 from config.settings import GROUPS, Settings, load, unknown_variables
-from config.sources import ROOT, ConfigError
+from config.sources import ROOT
 
 
 def problems_of(**given: object) -> list[str]:
@@ -152,7 +153,16 @@ def test_the_sample_file_shows_every_setting_with_its_default():
     lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ") and " = " in line[:30]]
     sample = tomllib.loads("\n".join(lines))
     assert set(sample) == set(Settings.model_fields) - {"config"}
-    shown_as_example = {"base_model", "lora_model", "tokenizer_path", "served_model_name", "runtime_dir", "cache_dir"}
+    shown_as_example = {
+        "base_model",
+        "lora_model",
+        "tokenizer_path",
+        "served_model_name",
+        "runtime_dir",
+        "cache_dir",
+        "state_dir",
+    }
+    shown_as_example |= {"api_key_file", "log_file"}
     defaults = load()
     for name in set(sample) - shown_as_example:
         assert sample[name] == getattr(defaults, name), name
@@ -192,3 +202,40 @@ def test_the_base_model_is_served_under_its_names_and_the_demos():
     assert load({"base_model": "/srv/My-Model/"}).served_names == ["My-Model", "llama-3-chinese"]
     assert load({"base_model": "/srv/m.Q4.gguf"}).served_names == ["m.Q4", "llama-3-chinese"]
     assert load({"served_model_name": "a,b"}).served_names == ["a", "b", "llama-3-chinese"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trusted_proxies", "nginx"),
+        ("trusted_proxies", "10.0.0.1/8"),
+        ("allowed_hosts", "http://x.example"),
+        ("allowed_hosts", "x.example:80"),
+        ("cors_origins", "app.example.org"),
+        ("cors_origins", "https://app.example.org/"),
+        ("api_key", "a b"),
+    ],
+)
+def test_bad_names_of_who_may_come_in_are_refused(name, value):
+    (problem,) = problems_of(**{name: value})
+    assert problem.startswith(f"--{name}: ")
+
+
+def test_who_may_come_in():
+    settings = load({"allowed_hosts": "LLM.example.org,.x.example", "trusted_proxies": '["10.0.0.0/8", "::1"]'})
+    assert settings.allowed_hosts == ["llm.example.org", ".x.example"]
+    assert settings.trusted_proxies == ["10.0.0.0/8", "::1"]
+    assert load({"cors_origins": "https://a.example,*"}).cors_origins == ["https://a.example", "*"]
+    assert not load().has_keys
+    assert load({"api_key": "k"}).has_keys
+
+
+def test_systemds_credential_is_the_file_of_keys_if_it_was_handed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert Settings().api_key_file is None
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "of-somebody-else"))
+    assert Settings().api_key_file, "keys that cannot be read are not the same as none"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "tailrace.keys").write_text("alice: sk-1\n")
+    assert Settings().api_key_file == tmp_path / "tailrace.keys"
+    assert Settings(api_key_file=tmp_path / "mine").api_key_file == tmp_path / "mine"

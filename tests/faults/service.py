@@ -11,25 +11,29 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.workers.pool.harness import PATIENCE, ROOT, Connection, alive, descendants, wait_dead, wait_until
+from tests.e2e.server import free_port
+from tests.lifeline import tied
+from tests.workers.pool.harness import PATIENCE, ROOT, alive, descendants, pool_status, wait_dead, wait_until
 from workers.messages import PoolStatus
 
 
-def free_port() -> int:
-    """A TCP port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class Service:
-    """gunicorn started as an operator would, in a session of its own."""
+    """gunicorn started as an operator would, in a session of its own.
+
+    ``settings`` are those of `config.settings`; names in capitals are environment variables, but for ``APPLICATION``,
+    which replaces the application of bare token ids, and ``BEFORE``, a command that executes the one behind it, and
+    ``LISTENER``, a descriptor that it gets.
+    """
 
     def __init__(self, directory: Path, settings: dict[str, object]) -> None:
+        settings = dict(settings)
         self.directory = directory
-        self.port = free_port()
+        self.port = int(str(settings.get("port", 0))) or free_port()
+        application = str(settings.pop("APPLICATION", "tests.faults.stream_app:application"))
+        listener = settings.pop("LISTENER", None)
+        before = [str(each) for each in settings.pop("BEFORE", [])]  # type: ignore[attr-defined]
         self.log_path = directory / "service.log"
+        self.sign_of_life = "/pid" if "stream_app" in application else "/readyz"
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TAILRACE_")}
         defaults = {"graceful_timeout_s": 20, "http_workers": 2, "port": self.port}
         paths = {"runtime_dir": directory, "cache_dir": directory, "only_cpu": "true"}
@@ -37,16 +41,20 @@ class Service:
             environ[name if name.isupper() else f"TAILRACE_{name.upper()}"] = str(value)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "gunicorn",
-                    "-c",
-                    "tests/faults/gunicorn_scripted.conf.py",
-                    "tests.faults.stream_app:application",
-                ],
+                tied(
+                    [
+                        *before,
+                        sys.executable,
+                        "-m",
+                        "gunicorn",
+                        "-c",
+                        "tests/faults/gunicorn_scripted.conf.py",
+                        application,
+                    ]
+                ),
                 cwd=ROOT,
                 env=environ,
+                pass_fds=[] if listener is None else [int(str(listener))],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -66,22 +74,16 @@ class Service:
             assert self.process.poll() is None, self.log
             with suppress(OSError, EOFError):
                 status[:] = [self.pool_status()]
-                return status[0].ready and self.get("/pid")[0] == 200
+                return status[0].ready and self.get(self.sign_of_life)[0] == 200
             return False
 
-        wait_until(answers, "the service")
+        wait_until(answers, "the service", 3 * PATIENCE)
         self.note_processes()
         return status[0]
 
     def pool_status(self) -> PoolStatus:
         """Ask the pool itself."""
-        connection = Connection(self.directory / "pool.sock")
-        try:
-            connection.wait(lambda: connection.status)
-            assert connection.status is not None
-            return connection.status
-        finally:
-            connection.close()
+        return pool_status(self.directory / "pool.sock")
 
     def get(self, path: str) -> tuple[int, bytes]:
         """One request on a connection of its own."""
@@ -123,6 +125,11 @@ class Service:
         code = self.process.wait(seconds)
         wait_dead(sorted(self.seen), seconds)
         return code
+
+    def wait_gone_but(self, others: set[int], seconds: float = PATIENCE) -> None:
+        """Wait until the arbiter and its HTTP workers are gone, when the pool is somebody else's."""
+        self.process.wait(seconds)
+        wait_dead(sorted(self.seen - others), seconds)
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to every process of the service, as a terminal does."""

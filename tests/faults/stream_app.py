@@ -47,6 +47,8 @@ class _Body:
 class Application:
     """GET /?prompt=0,1&max_tokens=9 streams; GET /pid tells the HTTP worker's pid."""
 
+    stopping = False
+
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         _client.start()
         headers = [("Content-Type", "text/plain")]
@@ -54,6 +56,9 @@ class Application:
             pid = str(os.getpid()).encode()
             start_response("200 OK", [*headers, ("Content-Length", str(len(pid)))])
             return [pid]
+        if self.stopping:
+            start_response("503 Service Unavailable", [*headers, ("Content-Length", "8")])
+            return [b"stopping"]
         query = parse_qs(environ["QUERY_STRING"])
         prompt = [int(each) for each in query["prompt"][0].split(",")]
         job = GenerateJob(id=uuid.uuid4().hex, prompt=prompt, max_tokens=int(query["max_tokens"][0]))
@@ -67,6 +72,10 @@ class Application:
             return [b""]
         start_response("200 OK", headers)
         return body
+
+    def refuse_requests(self) -> None:
+        """As the real application's."""
+        self.stopping = True
 
     def end_streams(self) -> None:
         """As the real application's."""

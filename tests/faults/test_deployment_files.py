@@ -39,6 +39,33 @@ def test_systemd_finds_no_fault_with_the_units(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_counts_little_that_the_units_may_reach(unit):
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_started_means_ready_a_standstill_is_noticed_and_only_hopeless_cases_stay_down(unit):
+    settings = read_unit(unit)
+    assert (settings["Type"], settings["NotifyAccess"]) == (["notify"], ["main"])
+    # The pool mends a hanging model worker first.
+    assert int(settings["WatchdogSec"][0]) >= 2 * Settings().watchdog_s
+    assert settings["Restart"] == ["on-failure"]
+    assert settings["RestartPreventExitStatus"] == ["2"]
+    assert "StartLimitIntervalSec=0\n" in unit.read_text()
+
+
+def test_the_sample_of_etc_default_has_settings_only(directory):
+    text = (ROOT / "systemd" / "tailrace.default").read_text()
+    names = re.findall(r"^#?TAILRACE_(\w+)=", text, re.MULTILINE)
+    assert len(names) > 8
+    assert {name.lower() for name in names} <= set(Settings.model_fields)
+    assert all(line.startswith("#") or not line for line in text.splitlines())
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_stopping_gives_streams_their_time_and_then_leaves_nothing(unit):
     settings = read_unit(unit)

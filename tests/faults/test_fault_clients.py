@@ -12,8 +12,15 @@ from workers.wire import encode
 
 @pytest.mark.parametrize(
     "data",
-    [b"\xff" * 64, struct.pack(">I", 3) + b"abc", b"GET / HTTP/1.1\r\n\r\n", encode({"type": "Nonsense"}), encode([1])],
-    ids=["length", "no message", "http", "unknown type", "list"],
+    [
+        b"\xff" * 64,
+        struct.pack(">I", 3) + b"abc",
+        b"GET / HTTP/1.1\r\n\r\n",
+        encode({"type": "Nonsense"}),
+        encode([1]),
+        struct.pack(">I", 9) + b"\x81\xa4type\xa2\xc3\x28",
+    ],
+    ids=["length", "no message", "http", "unknown type", "list", "no text"],
 )
 def test_garbage_on_the_socket_cuts_off_its_sender_only(start_pool, data):
     pool = start_pool("--max-batch", "1")

@@ -79,7 +79,7 @@ def test_hup_with_a_broken_configuration_changes_nothing(start_service, director
     assert_serving(service)
     config.write_text("max_batch = 9\n")
     os.kill(service.process.pid, signal.SIGHUP)
-    wait_until(lambda: "only after a restart of the service: max_batch" in service.log, "the notice")
+    wait_until(lambda: "only after a restart of the service settings=max_batch" in service.log, "the notice")
     assert_serving(service)
 
 

@@ -1,43 +1,38 @@
-"""The jobs: which worker gets which, how many may wait, what becomes of those whose worker dies."""
+"""The jobs: which worker gets which, how many may wait and for how long, what becomes of those whose worker dies."""
 
-import logging
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal
 
-from workers.messages import Cancel, Embedded, Event, Failed, Job, Order, Output
+from config import logs
+from workers.messages import Cancel, Cancelled, Embedded, Event, Failed, Job, Order, Output
+from workers.pool.counts import Counts
+from workers.pool.deadlines import Deadlines
+from workers.pool.drain_rate import DrainRate
 from workers.pool.journal import Client, Entry
+from workers.pool.placement import Placement, W
+from workers.pool.poison import Poisons, fingerprint
+from workers.pool.positions import Positions
+from workers.pool.quarantine import PROBATION_TOKENS, Quarantine
+from workers.pool.waiting import WaitingLine
 
-log = logging.getLogger("tailrace.pool")
-
-# Jobs beyond its full batch that a worker gets, so that a free place is taken without asking the pool first.
-LOOKAHEAD = 2
+log = logs.logger("tailrace.pool")
 
 Kind = Literal["overloaded", "unavailable", "internal"]
+Cause = Literal["poison", "queue_time"]
 
+TOO_LATE = "No model worker was free for this request in time."
 WORKER_FAILED = "The model worker failed; retry the request."
-
-
-class Worker(Protocol):
-    """What the broker needs to know of a model worker."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def takes_jobs(self) -> bool: ...
-
-
-W = TypeVar("W", bound=Worker)
+POISON = "Model workers ended, again and again, when they answered this request: it is not tried any more for now."
 
 
 class Broker(Generic[W]):
     """Routes each job to the least-loaded worker, bounds the queue, and keeps the journal.
 
-    A worker holds at most ``max_batch`` sequences and `LOOKAHEAD` more; all other jobs wait here, at most ``max_queue``
-    of them, where they can be refused, cancelled and sent to whoever is free first. ``hopeless()`` says whether no
-    worker is worth waiting for.
+    A worker holds about ``max_batch`` sequences; all other jobs wait here, about ``max_queue`` of them or as many as
+    may take ``max_queue_tokens``, where they can be refused, cancelled and sent to whoever is free first. Who has not
+    been started in its own time, or else in ``queue_timeout_s`` (0: no matter when), fails. ``hopeless()`` says whether
+    no worker is worth waiting for.
     """
 
     def __init__(
@@ -49,39 +44,64 @@ class Broker(Generic[W]):
         max_batch: int,
         max_queue: int,
         max_replays: int,
+        max_queue_tokens: int = 1_000_000,
+        queue_timeout_s: float = 0.0,
+        counts: Counts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
-        self._workers = {worker.index: worker for worker in workers}
-        self._send = send
         self._hopeless = hopeless
-        self._max_load = max_batch + LOOKAHEAD
         self._max_queue = max_queue
+        self._max_queue_tokens = max_queue_tokens
         self._max_replays = max_replays
+        self._queue_timeout_s = queue_timeout_s
+        self._counts = Counts() if counts is None else counts
         self._clock = clock
         self._entries: dict[str, Entry] = {}
-        self._queue: deque[Entry] = deque()
-        self._loads = {worker.index: 0 for worker in workers}
-        self._jobs: dict[int, dict[str, Entry]] = {worker.index: {} for worker in workers}
+        self._queue = WaitingLine()
+        self._positions = Positions(self._queue)
+        self._placement = Placement(workers, send, max_batch)
+        self._quarantine = Quarantine(self._placement, self._counts, self._queue.put_back_last)
+        self._wards = self._quarantine.wards
+        self._poisons = Poisons(clock)
+        self._deadlines = Deadlines(lambda job_id: (entry := self._entries.get(job_id)) is not None and entry.is_new)
+        self._drain = DrainRate()
         self._ever_ready = False
-        self._seconds_per_job = 1.0
-        self._last_end = clock()
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
     @property
     def queued(self) -> int:
         """Jobs that wait here."""
-        return len(self._queue)
+        return len(self._queue) + len(self._quarantine.suspects)
+
+    @property
+    def queued_tokens(self) -> int:
+        """The most tokens that the jobs may take that wait here."""
+        return self._queue.tokens + self._quarantine.tokens
 
     @property
     def running(self) -> int:
         """Jobs that a worker has."""
-        return len(self._entries) - len(self._queue)
+        return len(self._entries) - self.queued
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast jobs have been finished."""
+        return self._drain.per_second(self._clock())
 
     def jobs_of(self, worker: W) -> int:
         """Return how many jobs ``worker`` has."""
-        return len(self._jobs[worker.index])
+        return self._placement.count(worker.index)
+
+    def awaits_word_of(self, worker: W) -> bool:
+        """Whether ``worker`` has something to do or to say."""
+        return self.jobs_of(worker) > 0 or self._quarantine.awaits_word_of(worker.index)
+
+    def seconds_to_next(self) -> float:
+        """Return when `dispatch` will have to fail somebody, at most a second."""
+        due = self._deadlines.next
+        return 1.0 if due is None else max(0.0, min(1.0, due - self._clock()))
 
     # --- from the clients ---------------------------------------------------------------------------------------------
 
@@ -89,22 +109,38 @@ class Broker(Generic[W]):
         """Take ``job``, or answer it with `Failed` at once. Returns False if its id is not new: a broken client."""
         if job.id in self._entries:
             return False
-        entry = Entry(job, client)
         if self.draining:
-            self._refuse(client, job, "unavailable", "The server is shutting down.", 5.0)
+            _refuse(client, job, "unavailable", "The server is shutting down.", 5.0)
         elif self._hopeless():
-            self._refuse(client, job, "unavailable", "No model worker is running.", 30.0)
+            _refuse(client, job, "unavailable", "No model worker is running.", 30.0)
         elif not self._ever_ready and not self._note_readiness():
-            self._refuse(client, job, "unavailable", "The model is still being loaded.", 5.0)
-        elif not self._queue and (worker := self._least_loaded()) is not None:
-            self._add(entry)
-            self._assign(entry, worker)
-        elif len(self._queue) < self._max_queue:
-            self._add(entry)
-            self._queue.append(entry)
+            _refuse(client, job, "unavailable", "The model is still being loaded.", 5.0)
+        elif job in self._poisons:
+            self._counts.refused_poison += 1
+            _refuse(client, job, "internal", POISON, cause="poison")
         else:
-            self._refuse(client, job, "overloaded", "Too many requests are waiting.", self._seconds_to_free_place())
+            self._admit(Entry(job, client))
         return True
+
+    def _admit(self, entry: Entry) -> None:
+        """Give the job to a worker, or let it wait, or refuse it."""
+        job, now = entry.job, self._clock()
+        if not self.queued and (worker := self._placement.least_loaded()) is not None:
+            self._add(entry, now)
+            self._placement.give(entry, worker.index)
+        elif self._has_room(entry):
+            self._add(entry, now)
+            self._positions.first(entry, self._queue.append(entry) + len(self._quarantine.suspects), now)
+        else:
+            self._counts.refused_full += 1
+            seconds = self._drain.seconds_for(self.queued_tokens, now)
+            _refuse(entry.client, job, "overloaded", "Too many requests are waiting.", seconds)
+
+    def _has_room(self, entry: Entry) -> bool:
+        """Whether the job may wait. A queue that others have filled keeps nobody out: one job of each owner may."""
+        if self.queued < self._max_queue and self.queued_tokens + entry.cost <= self._max_queue_tokens:
+            return True
+        return self._max_queue > 0 and not self._queue.has_job_of(entry.job.salt)
 
     def cancel(self, client: Client, cancel: Cancel) -> None:
         """End a choice or all of a job of this client's. Unknown ids are normal: the job may just have ended."""
@@ -116,11 +152,11 @@ class Broker(Generic[W]):
             return
         before = entry.load
         if entry.drop(cancel.choice):
+            self._placement.lighten(entry, before - entry.load)
             if entry.complete:
                 self._abandon(entry)
             elif entry.worker is not None:
-                self._loads[entry.worker] += entry.load - before
-                self._send(self._workers[entry.worker], cancel)
+                self._placement.tell(entry.worker, Cancel(id=cancel.id, choice=cancel.choice))
 
     def client_gone(self, client: Client) -> None:
         """The connection is closed: nobody is left to read the answers."""
@@ -129,116 +165,172 @@ class Broker(Generic[W]):
 
     # --- from the workers ---------------------------------------------------------------------------------------------
 
-    def event(self, worker: W, event: Event) -> None:
-        """Pass an event of a worker on to the job's client, and write it down."""
-        entry = self._entries.get(event.id)
-        if entry is None or entry.worker != worker.index:
-            return  # cancelled, or answered by another worker meanwhile
-        if type(event) is Output:
-            before = entry.load
-            if not entry.accept(event):
-                return
-            entry.client.post(event)
-            if event.finish_reason is not None:
-                self._loads[worker.index] += entry.load - before
-                if entry.complete:
-                    if entry.dropped:  # the engine may still be at work on what nobody wants
-                        self._send(worker, Cancel(id=event.id))
-                    self._end(entry)
+    def take(self, worker: W, events: Sequence[Event | Cancelled]) -> None:
+        """Pass events of a worker on to the jobs' clients, and write them down."""
+        entries, index = self._entries, worker.index
+        for event in events:
+            entry = entries.get(event.id)
+            if entry is None or entry.worker != index:
+                # It was cancelled, or answered by another worker meanwhile.
+                if type(event) is Cancelled:
+                    self._placement.confirmed(index, event.id)
+                    if not event.id:
+                        self._quarantine.confirmed(index, None)
+            elif type(event) is not Output:
+                self._take_rare(index, entry, event)
+            elif event.finish_reason is not None:
+                self._take_last(entry, event)
+            elif entry.accept(event):
+                entry.client.post(event)
+        if self._wards:
+            self._quarantine.review(index)
+
+    def _take_last(self, entry: Entry, output: Output) -> None:
+        """The end of a choice."""
+        before = entry.load
+        if not entry.accept(output):
+            return
+        entry.client.post(output)
+        self._placement.lighten(entry, before - entry.load)
+        if entry.complete:
+            if entry.dropped:  # the engine may still be at work on what nobody wants
+                self._placement.dismiss(entry)
+            self._counts.finished += 1
+            self._end(entry)
+
+    def _take_rare(self, index: int, entry: Entry, event: Event | Cancelled) -> None:
+        """Anything but output."""
+        if isinstance(event, Cancelled):
+            self._quarantine.confirmed(index, entry)
         elif isinstance(event, Embedded | Failed):
             entry.client.post(event)
+            if isinstance(event, Failed):
+                self._counts.failed += 1
+            else:
+                self._counts.finished += 1
             self._end(entry)
         elif type(event) not in entry.heard:
             entry.heard.add(type(event))
             entry.client.post(event)
 
     def worker_lost(self, worker: W) -> None:
-        """The worker is dead: its jobs go back to the head of the queue, in their order, with what they have."""
-        entries = list(self._jobs[worker.index].values())
-        self._jobs[worker.index].clear()
-        self._loads[worker.index] = 0
-        for entry in reversed(entries):
-            entry.worker = None
-            entry.replays += 1
-            if entry.replays > self._max_replays:
-                self._fail(entry, "internal", WORKER_FAILED, None)
+        """The worker is dead: its jobs go back to the head of the queue, in their order, with what they have.
+
+        After a second death each is tried alone. The one whose trial ends its worker is what kills, or the one that had
+        its worker for itself both times.
+        """
+        tried = self._quarantine.worker_lost(worker.index)
+        alone = self._placement.is_alone(worker.index)
+        entries = self._placement.lost(worker.index)
+        again, proven = [], []
+        for entry in entries:
+            if entry.die(alone, PROBATION_TOKENS) or entry is tried:
+                proven.append(entry)
+            elif entry.deaths > self._max_replays:
+                self._fail(entry, "internal", WORKER_FAILED)
             else:
-                self._queue.appendleft(entry)
+                self._counts.replayed += 1
+                if entry.deaths == 1:
+                    again.append(entry)
+                else:
+                    self._quarantine.add(entry)
+        self._queue.put_back(again)
         if entries:
-            log.warning("model worker %d left %d jobs, %d will go on", worker.index, len(entries), len(self._queue))
+            jobs = [entry.job.id for entry in entries]
+            log.warning("model worker left jobs", worker=worker.index, waiting=self.queued, jobs=jobs)
+        for entry in proven:
+            self._convict(entry)
+
+    def _convict(self, culprit: Entry) -> None:
+        """Fail the job that ends its workers, and all that are like it."""
+        owner = culprit.job.salt
+        log.error("a job ended its model worker alone: it and its like are refused", job=culprit.job.id, owner=owner)
+        mark = self._poisons.add(culprit.job)
+        self._counts.poisoned += 1
+        self._fail(culprit, "internal", POISON, cause="poison")
+        for entry in list(self._entries.values()):
+            if len(entry.job.prompt) == len(culprit.job.prompt) and fingerprint(entry.job) == mark:
+                self._counts.refused_poison += 1
+                self._fail(entry, "internal", POISON, cause="poison")
 
     # --- each turn ----------------------------------------------------------------------------------------------------
 
     def dispatch(self) -> None:
         """Send waiting jobs to the workers that have room; give up on them if none is worth waiting for."""
         self._note_readiness()
-        while self._queue and (worker := self._least_loaded()) is not None:
-            self._assign(self._queue.popleft(), worker)
-        if self._queue and self._hopeless():
+        now = self._clock()
+        for job_id in self._deadlines.due(now):
+            self._counts.queue_timeouts += 1
+            seconds = self._drain.seconds_for(self.queued_tokens, now)
+            self._fail(self._entries[job_id], "overloaded", TOO_LATE, seconds, "queue_time")
+        if self._wards or self._quarantine.suspects:
+            self._quarantine.tend()
+        while self._queue and (worker := self._placement.least_loaded()) is not None:
+            self._placement.give(self._queue.pop(), worker.index)
+        if self.queued and self._hopeless():
             self.fail_all("No model worker is running.", retry_after=30.0)
+        self._positions.tell(len(self._quarantine.suspects), now)
 
     def fail_all(self, message: str, *, retry_after: float) -> None:
         """End every live job as unavailable."""
         for entry in list(self._entries.values()):
-            if entry.worker is not None:
-                self._send(self._workers[entry.worker], Cancel(id=entry.job.id))
             self._fail(entry, "unavailable", message, retry_after)
 
     def _note_readiness(self) -> bool:
-        self._ever_ready = self._ever_ready or any(worker.takes_jobs for worker in self._workers.values())
+        self._ever_ready = self._ever_ready or self._placement.anybody_works
         return self._ever_ready
-
-    def _least_loaded(self) -> W | None:
-        """Return the worker with the fewest sequences among those that take jobs and have room."""
-        best: W | None = None
-        least = self._max_load
-        for worker in self._workers.values():
-            if worker.takes_jobs and (load := self._loads[worker.index]) < least:
-                best, least = worker, load
-        return best
-
-    def _assign(self, entry: Entry, worker: W) -> None:
-        entry.worker = worker.index
-        self._jobs[worker.index][entry.job.id] = entry
-        self._loads[worker.index] += entry.load
-        for order in entry.orders():
-            self._send(worker, order)
 
     # --- beginnings and ends ------------------------------------------------------------------------------------------
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry, now: float) -> None:
+        self._counts.admitted += 1
+        if not self._entries:
+            self._drain.begin(now)
         self._entries[entry.job.id] = entry
         entry.client.jobs[entry.job.id] = entry
+        if patience := entry.job.start_within_s or self._queue_timeout_s:
+            self._deadlines.add(now + patience, entry.job.id)
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.job.id]
         entry.client.jobs.pop(entry.job.id, None)
-        if entry.worker is not None:
-            self._jobs[entry.worker].pop(entry.job.id, None)
-            self._loads[entry.worker] -= entry.load
-        elif entry in self._queue:
-            self._queue.remove(entry)
+        if (index := entry.worker) is not None:
+            self._placement.take_away(entry)
+            if self._wards:
+                self._quarantine.left(index, entry)
+        elif self._quarantine.suspects.pop(entry.job.id, None) is None:
+            self._queue.discard(entry)
+        if not self._entries:
+            self._drain.pause(self._clock())
 
     def _end(self, entry: Entry) -> None:
         """The job was answered."""
+        self._drain.note(entry.cost, self._clock())
+        _tell_end(entry, "answered")
         self._remove(entry)
-        now = self._clock()
-        self._seconds_per_job += 0.1 * (min(now - self._last_end, 60.0) - self._seconds_per_job)
-        self._last_end = now
 
     def _abandon(self, entry: Entry) -> None:
         """Nobody wants the job any more."""
-        if entry.worker is not None:
-            self._send(self._workers[entry.worker], Cancel(id=entry.job.id))
+        self._counts.cancelled += 1
+        _tell_end(entry, "cancelled")
+        self._placement.dismiss(entry)
         self._remove(entry)
 
-    def _fail(self, entry: Entry, kind: Kind, message: str, retry_after: float | None) -> None:
+    def _fail(self, entry: Entry, kind: Kind, why: str, after: float | None = None, cause: Cause | None = None) -> None:
+        self._counts.failed += 1
+        _tell_end(entry, "failed")
+        self._placement.dismiss(entry)
         self._remove(entry)
-        entry.client.post(Failed(id=entry.job.id, kind=kind, message=message, retry_after=retry_after))
+        _refuse(entry.client, entry.job, kind, why, after, cause)
 
-    def _refuse(self, client: Client, job: Job, kind: Kind, message: str, retry_after: float) -> None:
-        client.post(Failed(id=job.id, kind=kind, message=message, retry_after=retry_after))
 
-    def _seconds_to_free_place(self) -> float:
-        """Guess when asking again is worth while, from how fast jobs have been ending: 1 to 60 s."""
-        return float(min(60, max(1, math.ceil(self._seconds_per_job))))
+def _tell_end(entry: Entry, how: str) -> None:
+    """The HTTP worker logs each request; here is logged what it does not know of."""
+    tell = log.info if entry.deaths else log.debug
+    tell("job ended", job=entry.job.id, how=how, replays=entry.deaths, worker=entry.worker)
+
+
+def _refuse(
+    client: Client, job: Job, kind: Kind, why: str, after: float | None = None, cause: Cause | None = None
+) -> None:
+    client.post(Failed(id=job.id, kind=kind, message=why, retry_after=after, cause=cause))

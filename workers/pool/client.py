@@ -5,9 +5,7 @@ from collections.abc import Iterator
 
 from workers.messages import ClientMessage, Event, Events
 from workers.pool.journal import Entry
-from workers.wire import Decoder, WireError, encode
-
-_READ_BYTES = 256 * 1024
+from workers.wire import READ_BYTES, Decoder, WireError, encode
 
 
 class Gone(Exception):
@@ -27,6 +25,8 @@ class Client:
         self.events: list[Event] = []
         self.post = self.events.append
         self.pending = bytearray()
+        # Whether the selector is asked to tell when `pending` can be written.
+        self.watched_for_room = False
         self._connection = connection
         self._decoder: Decoder[ClientMessage] = Decoder(ClientMessage)
         self._max_pending = max_pending
@@ -40,7 +40,7 @@ class Client:
     def read(self) -> Iterator[ClientMessage]:
         """Yield the messages that have arrived. Raises `Gone` at the connection's end and on garbage."""
         try:
-            data = self._connection.recv(_READ_BYTES)
+            data = self._connection.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError as error:

@@ -1,16 +1,16 @@
 """What the operator sees while the model loads: a progress bar on a terminal, log lines elsewhere."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from config import logs
 from workers.messages import WorkerStatus
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-log = logging.getLogger("tailrace.pool")
+log = logs.logger("tailrace.pool")
 
 
 class Console:
@@ -39,7 +39,7 @@ class Console:
         if self._url is None:
             log.info("the pool is ready")
         elif not self._terminal:
-            log.info("ready: %s", self._url)
+            log.info("ready", url=self._url)
         else:
             print(_BANNER.format(url=self._url), file=sys.stderr, flush=True)
 
@@ -77,7 +77,8 @@ class Console:
             step = (worker.stage, int(worker.progress * 4))
             if self._logged.get(worker.index) != step:
                 self._logged[worker.index] = step
-                log.info("model worker %d: %s, %d %%", worker.index, worker.stage, round(worker.progress * 100))
+                percent = round(worker.progress * 100)
+                log.info("model worker loading", worker=worker.index, stage=worker.stage, percent=percent)
 
 
 def _new_progress() -> "Progress":

@@ -1,19 +1,17 @@
 """One life of one model worker: a process, its job queue and its pipe. A successor gets new ones of all three."""
 
-import logging
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from typing import Protocol
 
+from config import logs
 from workers.config import WorkerConfig
 from workers.entry import IGNORED_SIGNALS, main
-from workers.messages import Order, Report
+from workers.messages import LogAs, Order, Report
 from workers.pool.job_queue import JobQueue
-from workers.wire import Decoder, WireError
-
-_READ_BYTES = 128 * 1024
+from workers.wire import READ_BYTES, Decoder, WireError
 
 
 class Ended(Exception):
@@ -30,16 +28,12 @@ class Life(Protocol):
     @property
     def pid(self) -> int | None: ...
     def fileno(self) -> int: ...
-    def send(self, order: Order) -> None: ...
+    def send(self, order: Order | LogAs) -> None: ...
     def read(self) -> Iterator[list[Report]]: ...
     def ask_to_stop(self) -> None: ...
     def kill(self) -> None: ...
     def exit_cause(self) -> str | None: ...
     def close(self) -> None: ...
-
-
-def _log_level() -> str:
-    return logging.getLevelName(logging.getLogger("tailrace").getEffectiveLevel())
 
 
 class Incarnation:
@@ -52,7 +46,7 @@ class Incarnation:
         self._decoder: Decoder[list[Report]] = Decoder(list[Report])
         self._process = context.Process(
             target=main,
-            args=(config, self._jobs.queue, child_end, _log_level()),
+            args=(config, self._jobs.queue, child_end, logs.present()),
             name=f"model worker {config.index}",
             daemon=True,
         )
@@ -77,7 +71,7 @@ class Incarnation:
         """The reading end of the pipe, for a selector."""
         return self._reports.fileno()
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Order | LogAs) -> None:
         """Hand ``order`` to the worker. Never blocks."""
         self._jobs.put(order)
 
@@ -88,7 +82,7 @@ class Incarnation:
         finishes, and would unpickle it.
         """
         try:
-            data = os.read(self._reports.fileno(), _READ_BYTES)
+            data = os.read(self._reports.fileno(), READ_BYTES)
         except BlockingIOError:
             return
         except OSError as error:

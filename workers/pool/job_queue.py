@@ -6,7 +6,7 @@ from multiprocessing.queues import Queue
 import msgspec
 
 from workers.entry import STOP
-from workers.messages import Order
+from workers.messages import LogAs, Order
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -31,7 +31,7 @@ class JobQueue:
         """Close the pool's copy of the reading end, now that the child was started with its own."""
         self.queue._reader.close()  # type: ignore[attr-defined]
 
-    def put(self, order: Order) -> None:
+    def put(self, order: Order | LogAs) -> None:
         """Send ``order``. Never blocks."""
         self.queue.put(_encoder.encode(order))
 

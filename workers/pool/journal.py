@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from workers.messages import Cancel, EmbedJob, Event, GenerateJob, Job, Order, Output
+from workers.messages import Cancel, EmbedJob, Event, GenerateJob, Job, Order, Output, Started
 
 
 class Client(Protocol):
@@ -23,25 +23,48 @@ class Entry:
 
     ``emitted`` holds the tokens delivered of each choice, ``finished`` the choices that have ended, ``dropped`` those
     of them that ended because the client has all it wants, ``heard`` the kinds of events that a job sends only once.
-    ``load`` is the number of sequences the job still costs.
+    ``load`` is the number of sequences the job still costs, ``cost`` the most tokens that all of it may take.
+    ``deaths`` of workers it has seen; at the last one it ``stood`` at these lengths, and was ``alone`` or was not.
+    ``position`` in the queue and ``told_at`` (seconds) are those last told to the client.
     """
 
-    __slots__ = ("client", "dropped", "emitted", "finished", "heard", "job", "load", "replays", "worker")
+    __slots__ = (
+        "alone",
+        "client",
+        "cost",
+        "deaths",
+        "dropped",
+        "emitted",
+        "finished",
+        "heard",
+        "job",
+        "load",
+        "position",
+        "stood",
+        "told_at",
+        "worker",
+    )
 
     def __init__(self, job: Job, client: Client) -> None:
         self.job = job
         self.client = client
         self.worker: int | None = None
-        self.replays = 0
+        self.deaths = 0
+        self.alone = False
+        self.stood: list[int] = []
+        self.position = -1
+        self.told_at = 0.0
         self.heard: set[type] = set()
         self.finished: set[int] = set()
         self.dropped: set[int] = set()
         if isinstance(job, GenerateJob):
             self.emitted = [list(ids) for ids in job.emitted[: job.n]] + [[] for _ in range(job.n - len(job.emitted))]
             self.load = job.beams.num_beams if job.beams else job.n
+            self.cost = len(job.prompt) + self.load * job.max_tokens
         else:
             self.emitted = []
             self.load = 1
+            self.cost = len(job.prompt)
 
     def accept(self, output: Output) -> bool:
         """Note the tokens of ``output``; return False if it is no news: a replay may repeat the end of a choice."""
@@ -65,6 +88,35 @@ class Entry:
     def complete(self) -> bool:
         """Whether every choice of a `GenerateJob` has ended."""
         return len(self.finished) == len(self.emitted)
+
+    @property
+    def started(self) -> bool:
+        """Whether a worker has begun with it."""
+        return Started in self.heard
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no worker has begun with it, nor died while it had it."""
+        return not self.deaths and Started not in self.heard
+
+    def die(self, alone: bool, probation: int) -> bool:
+        """Its worker is dead, and had no other job if ``alone``. Returns whether that proves it to be the cause: it was
+        alone the last time as well, and has not come ``probation`` tokens further since.
+        """
+        proven = alone and self.alone and not self.has_come(probation)
+        self.worker = None
+        self.deaths += 1
+        self.alone = alone
+        self.stood = [len(ids) for ids in self.emitted]
+        return proven
+
+    def has_come(self, tokens: int) -> bool:
+        """Whether every unfinished choice is so many tokens further than at the last death. Embeddings never are."""
+        return bool(self.stood) and all(
+            len(ids) >= stood + tokens
+            for choice, (ids, stood) in enumerate(zip(self.emitted, self.stood, strict=True))
+            if choice not in self.finished
+        )
 
     def orders(self) -> list[Order]:
         """Return what to send to a worker so that it goes on behind the last delivered token."""

@@ -5,7 +5,6 @@ waits. Liveness is a socket's end, never a pid: the arbiter collects every child
 """
 
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -14,8 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from config import keys
+from workers.pool.bulletin import Bulletin
+
+if TYPE_CHECKING:
+    from config import logs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,10 +64,17 @@ def start_process(command: Sequence[str], lifeline: int) -> Process:
             [*command, "--lifeline", str(lifeline)],
             pass_fds=[lifeline],
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
+            env=_without_keys()
+            | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def _without_keys() -> dict[str, str]:
+    environ = dict(os.environ)
+    keys.forget(environ)
+    return environ
 
 
 class PoolKeeper:
@@ -74,11 +87,18 @@ class PoolKeeper:
     backoff_first_s = 1.0
     backoff_longest_s = 60.0
     steady_s = 60.0
+    # The pool says how it is about each second. After so long it counts as stuck, and after so long it is killed.
+    stale_s = 10.0
+    silent_s = 30.0
+    # Its first word comes when its settings are checked and its socket is there.
+    first_word_s = 120.0
+    # If the arbiter itself was not run for so long (all was stopped and goes on), silence proves nothing.
+    pause_s = 5.0
 
     def __init__(
         self,
         socket_path: Path,
-        log: logging.Logger,
+        log: "logs.Logger",
         *,
         launch: bool = True,
         command: Sequence[str] | None = None,
@@ -91,11 +111,17 @@ class PoolKeeper:
         self._command = list(POOL_COMMAND if command is None else command)
         self._start = start
         self._clock = clock
+        # While the arbiter that handed the pool over (USR2) still lives, what the pool says is for that one.
+        self.listens = True
         self._lifeline: socket.socket | None = None
         self._process: Process | None = None
         self._pid: int | None = None
         self._foreign: socket.socket | None = None
         self._heard = b""
+        self._fatal: str | None = None
+        self._bulletin: Bulletin | None = None
+        self._heard_at = 0.0
+        self._tended_at = clock()
         self._started_at = 0.0
         self._deaths = 0
         self._next_start = 0.0
@@ -108,13 +134,36 @@ class PoolKeeper:
 
     def tend(self) -> None:
         """Look after the pool; returns at once. Raises `PoolGaveUp` if it has ended for good."""
+        now = self._clock()
+        if now - self._tended_at > self.pause_s:
+            self._heard_at = now
+        self._tended_at = now
         if self._lifeline is not None:
             self._listen()
             if self._lifeline is not None:
+                self._end_if_silent()
                 return
         if self._foreign_listens() or not self._launch or self._clock() < self._next_start:
             return
         self._start_pool()
+
+    def bulletin(self) -> Bulletin:
+        """Return what there is to say of the pool."""
+        now = self._clock()
+        if self._lifeline is None:
+            if self._foreign is not None:
+                return Bulletin(f"ready: a pool of its own listens at {self._socket_path}", ready=True)
+            if not self._launch:
+                return Bulletin(f"no pool listens at {self._socket_path}: requests are answered 503")
+            return Bulletin(f"the pool died; next start in {max(0.0, self._next_start - now):.0f} s")
+        if self._bulletin is None:
+            again = " again after its death" if self._deaths else ""
+            return Bulletin(f"starting the pool{again}", moving=now - self._started_at < self.first_word_s)
+        if now - self._heard_at > self.stale_s:
+            return Bulletin(f"the pool has said nothing for {now - self._heard_at:.0f} s", moving=False)
+        if self._deaths:
+            return replace(self._bulletin, text=f"{self._bulletin.text}; the pool died and was started again")
+        return self._bulletin
 
     def stop(self, seconds: float) -> None:
         """Let go of our own pool and wait for its end; kill it after ``seconds``."""
@@ -125,17 +174,24 @@ class PoolKeeper:
         with contextlib.suppress(OSError):
             self._lifeline.shutdown(socket.SHUT_WR)
         while (left := deadline - time.monotonic()) > 0:
-            select.select([self._lifeline], [], [], left)
+            self._wait_for_word(left)
             if self._ended():
                 break
         else:
             # Its end of the socket is still open, so the pid is still its own.
-            self._log.error("the pool did not stop within %.0f s: killing it", seconds)
+            self._log.error("the pool does not stop: killing it", pool_pid=self._pid, seconds=seconds)
             os.kill(self._pid, signal.SIGKILL)
-            select.select([self._lifeline], [], [], 1.0)
+            self._wait_for_word(1.0)
         self._lifeline.close()
         self._collect(self._pid, deadline + 1.0)
         self._lifeline, self._process, self._pid = None, None, None
+
+    def _wait_for_word(self, seconds: float) -> None:
+        assert self._lifeline is not None
+        # Not select(), which knows no descriptor beyond 1,023.
+        word = select.poll()
+        word.register(self._lifeline, select.POLLIN)
+        word.poll(seconds * 1000)
 
     def abandon(self) -> None:
         """Forget the pool; for a forked HTTP worker, whose copy of the lifeline would keep the pool from its end."""
@@ -143,6 +199,13 @@ class PoolKeeper:
             self._lifeline.close()
         self._close_foreign()
         self._lifeline, self._process, self._pid, self._launch = None, None, None, False
+
+    def reload(self) -> None:
+        """Let our own pool read again how to log; nothing else of it can change while it lives."""
+        if self._lifeline is not None and self._pid is not None and not self._ended():
+            # Its end of the socket is still open, so the pid is still its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGHUP)
 
     def hand_over(self, environ: dict[str, str]) -> None:
         """Prepare the arbiter's successor (it is about to be executed in this very process) to take over the pool."""
@@ -161,7 +224,7 @@ class PoolKeeper:
             self._lifeline.setblocking(False)
             self._pid = int(pid)
             self._started_at = self._clock()
-            self._log.info("took over the pool (pid %d)", self._pid)
+            self._log.info("took over the pool", pool_pid=self._pid)
 
     def _start_pool(self) -> None:
         ours, theirs = socket.socketpair()
@@ -169,26 +232,26 @@ class PoolKeeper:
             self._process = self._start(self._command, theirs.fileno())
         except OSError as error:
             ours.close()
-            self._log.error("cannot start the pool: %s", error)
+            self._log.error("cannot start the pool", reason=str(error))
             self._back_off()
             return
         finally:
             theirs.close()
         ours.setblocking(False)
-        self._lifeline, self._pid, self._heard = ours, self._process.pid, b""
+        self._lifeline, self._pid = ours, self._process.pid
+        self._heard, self._fatal, self._bulletin = b"", None, None
         self._started_at = self._clock()
-        self._log.info("started the pool (pid %d)", self._pid)
+        self._log.info("started the pool", pool_pid=self._pid)
 
     def _listen(self) -> None:
-        """Read what the pool says, which is its end or its last line."""
+        """Read what the pool says: how it is, its last line, its end."""
         if not self._ended():
             return
         assert self._lifeline is not None
         self._lifeline.close()
         self._lifeline, self._process, self._pid = None, None, None
-        for line in self._heard.decode(errors="replace").splitlines():
-            if line.startswith("FATAL "):
-                raise PoolGaveUp(line.removeprefix("FATAL "))
+        if self._fatal is not None:
+            raise PoolGaveUp(self._fatal)
         if self._clock() - self._started_at >= self.steady_s:
             self._deaths = 0
         self._back_off()
@@ -201,16 +264,42 @@ class PoolKeeper:
                 time.sleep(0.01)
 
     def _ended(self) -> bool:
-        """Whether the pool's end of the lifeline is closed; keeps what came before."""
+        """Whether the pool's end of the lifeline is closed; takes in what came before."""
         assert self._lifeline is not None
+        if not self.listens:
+            poll = select.poll()
+            poll.register(self._lifeline, select.POLLRDHUP)
+            return bool(poll.poll(0))
         try:
             while data := self._lifeline.recv(4096):
-                self._heard = (self._heard + data)[-4096:]
+                self._take_in(data)
         except BlockingIOError:
             return False
         except OSError:
             pass
         return True
+
+    def _take_in(self, data: bytes) -> None:
+        *lines, self._heard = (self._heard + data)[-65536:].split(b"\n")
+        for line in (each.decode(errors="replace") for each in lines):
+            if line.startswith("FATAL "):
+                self._fatal = line.removeprefix("FATAL ")
+            elif bulletin := Bulletin.parse(line):
+                self._bulletin, self._heard_at = bulletin, self._clock()
+                if self._deaths and bulletin.ready and self._clock() - self._started_at >= self.steady_s:
+                    self._deaths = 0
+
+    def _end_if_silent(self) -> None:
+        """Kill a pool that hangs: it would have said something."""
+        silence = self._clock() - self._heard_at
+        if self._bulletin is None or not self.listens or silence <= self.silent_s:
+            return
+        assert self._pid is not None
+        self._log.error("the pool says nothing: killing it", pool_pid=self._pid, seconds=silence)
+        self._heard_at = self._clock()
+        # Its end of the socket is still open, so the pid is still its own.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
 
     def _back_off(self) -> None:
         """The first death after a steady time is followed by a start at once, further ones by growing pauses."""
@@ -219,7 +308,7 @@ class PoolKeeper:
             pause = min(self.backoff_longest_s, self.backoff_first_s * 2 ** min(self._deaths - 1, 30))
         self._deaths += 1
         self._next_start = self._clock() + pause
-        self._log.error("the pool is dead; next start in %.3g s", pause)
+        self._log.error("the pool is dead", next_start_s=pause)
 
     # --- somebody else's ----------------------------------------------------------------------------------------------
 
@@ -237,7 +326,7 @@ class PoolKeeper:
                 probe.close()
                 return False
             self._foreign = probe
-            self._log.info("a pool of its own listens at %s", self._socket_path)
+            self._log.info("a pool of its own listens", path=str(self._socket_path))
         try:
             while self._foreign.recv(65536):
                 pass
@@ -245,7 +334,7 @@ class PoolKeeper:
             return True
         except OSError:
             pass
-        self._log.error("the pool at %s is gone", self._socket_path)
+        self._log.error("the pool is gone", path=str(self._socket_path))
         self._close_foreign()
         return False
 

@@ -4,8 +4,8 @@ import os
 
 from config.settings import Settings
 from workers.config import WorkerConfig
+from workers.pool.model_worker import Limits
 from workers.pool.server import PoolOptions
-from workers.pool.supervisor import Limits
 
 _GIB = 1024**3
 
@@ -25,8 +25,11 @@ def pool_options(settings: Settings) -> PoolOptions:
     return PoolOptions(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
+        max_queue_tokens=settings.max_queue_tokens,
+        queue_timeout_s=settings.queue_timeout_s,
         max_replays=settings.max_replays,
         drain_s=float(settings.graceful_timeout_s),
+        resume_window_s=settings.resume_window_s,
         limits=Limits(watchdog_s=settings.watchdog_s),
     )
 
@@ -51,6 +54,7 @@ def _config(settings: Settings, index: int, gpu: int | None) -> WorkerConfig:
         prefill_chunk=settings.prefill_chunk,
         kv_cache_bytes=int(settings.kv_cache_gib * _GIB),
         cpu_threads=settings.cpu_threads,
+        cpu_kernels=settings.cpu_kernels,
         runtime_dir=str(settings.runtime_dir),
         cache_dir=str(settings.cache_dir),
     )

@@ -1,12 +1,13 @@
 """Where HTTP workers find the pool: a Unix socket at a fixed path, owned by at most one pool at a time."""
 
 import fcntl
-import logging
 import os
 import socket
 from pathlib import Path
 
-log = logging.getLogger("tailrace.pool")
+from config import logs
+
+log = logs.logger("tailrace.pool")
 
 _BACKLOG = 128
 
@@ -53,10 +54,10 @@ class Rendezvous:
         return (found.st_dev, found.st_ino) != self._identity
 
     def renew(self) -> None:
-        """Listen at the path again. Open connections stay."""
+        """Listen at the path again. Open connections stay. Raises OSError, and nothing has changed."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.listener.close()
-        self.listener = self._listen()
+        old, self.listener = self.listener, self._listen()
+        old.close()
 
     def close(self) -> None:
         """Stop listening, remove the path, let go of the lock."""

@@ -1,7 +1,6 @@
 """The pool's loop: one selector over clients, workers, signals and the lifeline, and no other waiting."""
 
 import contextlib
-import logging
 import selectors
 import signal
 import socket
@@ -11,26 +10,43 @@ from typing import Protocol
 
 import msgspec
 
+from config import logs
 from workers.config import WorkerConfig
-from workers.messages import Cancel, PoolStatus, StatusQuery, WorkerStatus
+from workers.messages import (
+    Attach,
+    Cancel,
+    ClientMessage,
+    GenerateJob,
+    Keep,
+    LogAs,
+    PoolStatus,
+    StatusQuery,
+    WorkerStatus,
+)
 from workers.pool.broker import Broker
 from workers.pool.client import Client, Gone
+from workers.pool.clients import Clients
+from workers.pool.counts import Counts
 from workers.pool.incarnation import Incarnation, Life
+from workers.pool.model_worker import Limits, ModelWorker
 from workers.pool.rendezvous import Rendezvous
+from workers.pool.rooms import Rooms
 from workers.pool.signals import SignalPipe
-from workers.pool.supervisor import Limits, ModelWorker, Supervisor
+from workers.pool.supervisor import Supervisor
 from workers.wire import encode
 
-log = logging.getLogger("tailrace.pool")
+log = logs.logger("tailrace.pool")
 
 EXIT_OK = 0
 # What the operator's configuration makes impossible. Never 3 or 4, which mean something to gunicorn.
 EXIT_FATAL = 2
 
 _ARBITER_MARGIN_S = 15.0
-_CHECK_SOCKET_S = 5.0
-_ACCEPT_PAUSE_S = 1.0
 _STATUS_PAUSE_S = 0.1
+# How often somebody is told how things are, also if nothing changes.
+_TELL_PAUSE_S = 1.0
+# How long the clocks may go without a look while there are tokens all the time.
+_LOOK_S = 0.1
 
 
 class Display(Protocol):
@@ -44,16 +60,20 @@ class Display(Protocol):
 class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of the pool. ``client_pending_bytes`` must hold a burst of embeddings; times are in seconds.
 
-    ``drain_s``: how long running jobs may go on when a pool of its own (without a lifeline) is told to stop.
+    ``drain_s``: how long running jobs may go on when a pool of its own (without a lifeline) is told to stop;
+    ``resume_window_s``: how long kept requests wait for a reader.
     """
 
     max_batch: int = 32
     max_queue: int = 256
-    max_replays: int = 1
+    max_queue_tokens: int = 1_000_000
+    queue_timeout_s: float = 0.0
+    max_replays: int = 3
     max_clients: int = 1024
     client_pending_bytes: int = 64 * 1024 * 1024
     client_patience_s: float = 30.0
     drain_s: float = 120.0
+    resume_window_s: float = 300.0
     limits: Limits = Limits()
 
 
@@ -62,7 +82,8 @@ class Pool:
 
     ``lifeline`` is one end of a socket pair whose other end only the arbiter holds: its end means stop at once. With a
     lifeline, INT and TERM are the arbiter's business (they reach the whole group on Ctrl-C and on some platforms, and
-    open streams still need the workers); without, they drain.
+    open streams still need the workers); without, they drain. ``tell`` hears how things are at each change, and about
+    once a second; that the loop turns is part of the news.
     """
 
     def __init__(
@@ -73,25 +94,30 @@ class Pool:
         *,
         display: Display,
         lifeline: socket.socket | None = None,
+        tell: Callable[[PoolStatus], None] = lambda status: None,
+        reload: Callable[[], LogAs | None] = lambda: None,
         start_life: Callable[[WorkerConfig], Life] = Incarnation,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
-        self._rendezvous = rendezvous
         self._display = display
         self._lifeline = lifeline
+        self._tell = tell
+        self._reload = reload
+        self._tell_at = 0.0
         self._clock = clock
-        self._clients: set[Client] = set()
         self._selector = selectors.DefaultSelector()
+        self._counts = Counts()
         self._supervisor = Supervisor(
             configs,
             limits=options.limits,
-            event=lambda worker, event: self._broker.event(worker, event),
+            events=lambda worker, events: self._broker.take(worker, events),
             lost=lambda worker: self._broker.worker_lost(worker),
-            busy=lambda worker: self._broker.jobs_of(worker) > 0,
+            busy=lambda worker: self._broker.awaits_word_of(worker),
             watch=self._watch_worker,
             unwatch=self._unwatch_worker,
             start_life=start_life,
+            counts=self._counts,
             clock=clock,
         )
         self._broker = Broker(
@@ -100,15 +126,28 @@ class Pool:
             hopeless=lambda: self._supervisor.hopeless,
             max_batch=options.max_batch,
             max_queue=options.max_queue,
+            max_queue_tokens=options.max_queue_tokens,
+            queue_timeout_s=options.queue_timeout_s,
             max_replays=options.max_replays,
+            counts=self._counts,
             clock=clock,
+        )
+        self._rooms = Rooms(self._broker, window_s=options.resume_window_s, clock=clock)
+        self._clients = Clients(
+            rendezvous,
+            self._selector,
+            most=options.max_clients,
+            max_pending=options.client_pending_bytes,
+            patience_s=options.client_patience_s,
+            greet=lambda client: client.send(encode(self.status()), self._clock()),
+            hear=self._hear,
+            gone=self._client_gone,
         )
         self._signals = SignalPipe()
         self._fatal: str | None = None
         self._stop_at: float | None = None
         self._stopping = False
-        self._accept_at: float | None = None
-        self._check_socket_at = 0.0
+        self._look_at = 0.0
         self._status_at = 0.0
         self._announced = False
 
@@ -117,7 +156,7 @@ class Pool:
     def run(self) -> int:
         """Serve until told to stop, or until the model turns out to be impossible to serve."""
         select = self._selector
-        select.register(self._rendezvous, selectors.EVENT_READ, self._accept)
+        self._clients.open()
         if self._lifeline is not None:
             self._lifeline.setblocking(False)
             select.register(self._lifeline, selectors.EVENT_READ, self._read_lifeline)
@@ -128,9 +167,7 @@ class Pool:
         finally:
             self._supervisor.kill()
             self._display.close()
-            for client in list(self._clients):
-                self._drop(client)
-            self._rendezvous.close()
+            self._clients.close()
             self._signals.close()
             select.close()
         if self._fatal is not None:
@@ -139,44 +176,54 @@ class Pool:
         return EXIT_OK
 
     def _turn(self) -> None:
-        """Wait for something to happen, take all of it in, then send out what follows from it."""
-        self._supervisor.tend()
-        for key, ready in self._selector.select(self._seconds_to_next()):
+        """Wait for something to happen, take all of it in, then send out what follows from it.
+
+        Most turns bring a step's tokens and nothing else. Those do not look at every clock and every state.
+        """
+        happened = self._selector.select(self._seconds_to_next())
+        tokens_only = bool(happened)
+        for key, ready in happened:
             owner = key.data
-            if isinstance(owner, Client):
-                self._serve(owner, ready)
-            elif isinstance(owner, ModelWorker):
+            if isinstance(owner, ModelWorker):
                 self._supervisor.read(owner)
+                continue
+            tokens_only = False
+            if isinstance(owner, Client):
+                self._clients.serve(owner, ready, self._clock())
             else:
                 owner()
         now = self._clock()
-        self._broker.dispatch()
-        self._keep_time(now)
-        for client in list(self._clients):
-            self._guarded(client, client.flush_events, now)
+        if not tokens_only or self._supervisor.changed or self._broker.draining or now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            self._supervisor.tend()
+            self._broker.dispatch()
+            self._keep_time(now)
+        elif self._broker.queued:
+            self._broker.dispatch()
+        self._rooms.pump()
+        self._clients.flush(now)
         if self._supervisor.changed and now >= self._status_at:
             self._supervisor.changed = False
             self._status_at = now + _STATUS_PAUSE_S
             self._publish(now)
-        self._watch_clients()
+        elif now >= self._tell_at:
+            self._tell_at = now + _TELL_PAUSE_S
+            self._tell(self.status())
+        self._clients.watch()
 
     def _seconds_to_next(self) -> float:
         """Return how long the selector may wait; at most a second."""
-        seconds = self._supervisor.seconds_to_next()
+        if self._rooms.busy:
+            return 0.0
+        seconds = min(self._supervisor.seconds_to_next(), self._broker.seconds_to_next())
         if self._supervisor.changed:
             seconds = max(0.0, min(seconds, self._status_at - self._clock()))
         return seconds
 
     def _keep_time(self, now: float) -> None:
         """Do what is due by the clock."""
-        for client in self._clients.copy():
-            self._guarded(client, client.check_patience, now)
-        if self._accept_at is not None and now >= self._accept_at:
-            self._accept_at = None
-            self._selector.register(self._rendezvous, selectors.EVENT_READ, self._accept)
-        if now >= self._check_socket_at:
-            self._check_socket_at = now + _CHECK_SOCKET_S
-            self._check_rendezvous()
+        self._clients.tend(now)
+        self._rooms.tend(now)
         if self._stopping:
             return
         if (failure := self._supervisor.failure) is not None:
@@ -188,11 +235,7 @@ class Pool:
     @property
     def _unfinished(self) -> bool:
         """Whether a drain still has something to wait for: jobs, or bytes that a client has not read yet."""
-        return bool(
-            self._broker.queued
-            or self._broker.running
-            or any(client.pending or client.events for client in self._clients)
-        )
+        return bool(self._broker.queued or self._broker.running or self._clients.have_unread or self._rooms.busy)
 
     def _stop(self, message: str) -> None:
         """Answer what is left and let the workers go; the loop ends when their processes have."""
@@ -210,6 +253,9 @@ class Pool:
         for number in self._signals.read():
             if number == signal.SIGCHLD:
                 self._supervisor.reap()
+            elif number == signal.SIGHUP:
+                if log_as := self._reload():
+                    self._supervisor.tell_all(log_as)
             else:
                 self._asked_to_stop(signal.Signals(number).name)
 
@@ -218,14 +264,15 @@ class Pool:
             if self._stop_at is None:
                 # Whoever really means us alone gets what they want too, only later.
                 self._stop_at = self._clock() + self._options.drain_s + _ARBITER_MARGIN_S
-                log.info("%s noted: the arbiter decides when to stop", name)
+                log.info("signal noted: the arbiter decides when to stop", signal=name)
         elif self._stop_at is None:
-            log.info("%s: draining, at most %.0f s", name, self._options.drain_s)
+            log.info("draining", signal=name, at_most_s=self._options.drain_s)
             self._broker.draining = True
             self._stop_at = self._clock() + self._options.drain_s
             self._supervisor.changed = True
+            self._tell(self.status())
         else:
-            log.info("%s again: stopping now", name)
+            log.info("told again: stopping now", signal=name)
             self._stop("The server is shutting down.")
 
     def _read_lifeline(self) -> None:
@@ -244,75 +291,34 @@ class Pool:
 
     def _tell_arbiter(self, message: str) -> None:
         line = " ".join(message.split())
-        log.error("giving up: %s", line)
+        log.error("giving up", reason=line)
         if self._lifeline is not None:
             with contextlib.suppress(OSError):
                 self._lifeline.send(f"FATAL {line}\n".encode())
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        try:
-            connection = self._rendezvous.accept()
-        except OSError as error:
-            log.error("cannot accept connections: %s", error.strerror)
-            self._selector.unregister(self._rendezvous)
-            self._accept_at = self._clock() + _ACCEPT_PAUSE_S
-            return
-        if connection is None:
-            return
-        if len(self._clients) >= self._options.max_clients:
-            log.error("refused a connection: %d are open", len(self._clients))
-            connection.close()
-            return
-        client = Client(
-            connection,
-            max_pending=self._options.client_pending_bytes,
-            patience_s=self._options.client_patience_s,
-        )
-        self._clients.add(client)
-        self._selector.register(client, selectors.EVENT_READ, client)
-        self._guarded(client, client.send, encode(self.status()), self._clock())
-
-    def _serve(self, client: Client, ready: int) -> None:
-        if client not in self._clients:
-            return  # cut off earlier in this turn
-        if ready & selectors.EVENT_WRITE:
-            self._guarded(client, client.write_pending, self._clock())
-        if ready & selectors.EVENT_READ and client in self._clients:
-            self._guarded(client, self._hear, client)
-
-    def _hear(self, client: Client) -> None:
+    def _hear(self, client: Client, message: ClientMessage) -> None:
         """Take in what ``client`` says. Raises `Gone`."""
-        for message in client.read():
-            if isinstance(message, Cancel):
+        if isinstance(message, Cancel):
+            if not self._rooms.cancel(client, message):
                 self._broker.cancel(client, message)
-            elif isinstance(message, StatusQuery):
-                client.send(encode(self.status()), self._clock())
-            elif not self._broker.submit(client, message):
+        elif isinstance(message, StatusQuery):
+            client.send(encode(self.status()), self._clock())
+        elif isinstance(message, Keep):
+            client.post(self._rooms.keep(client, message))
+        elif isinstance(message, Attach):
+            self._rooms.attach(client, message)
+        else:
+            kept = message.kept if isinstance(message, GenerateJob) else ""
+            owner = (self._rooms.room_of(client, kept) if kept else None) or client
+            if not self._broker.submit(owner, message):
                 raise Gone("used a job's id twice")
 
-    def _guarded(self, client: Client, action: Callable[..., None], *args: object) -> None:
-        """Do something with a client; if it turns out to be gone, everything that it wanted is cancelled."""
-        try:
-            action(*args)
-        except Gone as gone:
-            if str(gone):
-                log.error("disconnected an HTTP worker: it %s", gone)
-            self._drop(client)
-
-    def _drop(self, client: Client) -> None:
-        self._clients.discard(client)
+    def _client_gone(self, client: Client) -> None:
+        """Nobody is left to read the answers on this connection."""
+        self._rooms.client_gone(client)
         self._broker.client_gone(client)
-        self._selector.unregister(client)
-        client.close()
-
-    def _watch_clients(self) -> None:
-        """Ask to be woken when a client with pending bytes can take more."""
-        for client in self._clients:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.pending else 0)
-            if self._selector.get_key(client).events != events:
-                self._selector.modify(client, events, client)
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -335,22 +341,19 @@ class Pool:
             running=self._broker.running,
             card_path=self._supervisor.card_path,
             workers=self._supervisor.statuses(self._broker.jobs_of),
+            queued_tokens=self._broker.queued_tokens,
+            kept=len(self._rooms),
+            tokens_per_second=self._broker.tokens_per_second,
+            counters=self._counts.snapshot(),
         )
 
     def _publish(self, now: float) -> None:
         """Tell everybody that something has changed."""
         status = self.status()
-        frame = encode(status)
-        for client in list(self._clients):
-            self._guarded(client, client.send, frame, now)
+        self._clients.broadcast(encode(status), now)
         self._display.show(status.workers)
+        self._tell_at = now + _TELL_PAUSE_S
+        self._tell(status)
         if status.ready and not self._announced:
             self._announced = True
             self._display.ready()
-
-    def _check_rendezvous(self) -> None:
-        if self._accept_at is None and self._rendezvous.lost:
-            log.warning("%s has vanished: listening there again", self._rendezvous.path)
-            self._selector.unregister(self._rendezvous)
-            self._rendezvous.renew()
-            self._selector.register(self._rendezvous, selectors.EVENT_READ, self._accept)

@@ -5,10 +5,10 @@ import signal
 import socket
 from types import FrameType
 
-NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)
 
-# They tell the arbiter to reload or to reopen its logs, and reach the pool only when a whole group gets them.
-IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+# They tell the arbiter to upgrade or to reopen its logs, and reach the pool only when a whole group gets them.
+IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
 
 class SignalPipe:

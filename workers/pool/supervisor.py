@@ -3,86 +3,26 @@
 Only this module touches processes. Time and the process constructor are injected, so its tests need neither.
 """
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import msgspec
-
+from config import logs
 from workers.config import WorkerConfig
-from workers.messages import Event, Fatal, Loading, Order, Output, Ready, Report, Stats, WorkerStatus
+from workers.messages import Cancelled, Event, Fatal, Loading, LogAs, Order, Output, Ready, Report, Stats, WorkerStatus
+from workers.pool.counts import Counts
 from workers.pool.incarnation import Ended, Incarnation, Life
+from workers.pool.model_worker import Limits, ModelWorker, State
 
-log = logging.getLogger("tailrace.pool")
-
-State = Literal["starting", "loading", "ready", "hung", "dead", "failed"]
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """When to act; all in seconds but ``breaker_deaths``.
-
-    ``watchdog_s``: a worker with jobs that gives no sign for so long is killed, and counts as hung from a third of it.
-    ``backoff_*``: pause before the next start, doubled with each death in a row. ``breaker_deaths``: so many deaths in
-    a row, none of which came after an answer, and nobody waits for this worker any more (it is still started, at the
-    longest pause). ``stop_s``: how long a worker may take to return when told to stop. ``pause_s``: if the pool itself
-    was not run for so long (a suspended machine), silence proves nothing.
-    """
-
-    watchdog_s: float = 30.0
-    backoff_first_s: float = 1.0
-    backoff_longest_s: float = 60.0
-    breaker_deaths: int = 5
-    stop_s: float = 5.0
-    pause_s: float = 5.0
-
-    @property
-    def hung_s(self) -> float:
-        """Silence, with jobs in flight, after which a worker gets no new jobs."""
-        return self.watchdog_s / 3
-
-
-@dataclass(eq=False)
-class ModelWorker:
-    """One slot: the worker that belongs on one device, through all its lives. ``life`` is None between two of them."""
-
-    config: WorkerConfig
-    state: State = "starting"
-    life: Life | None = None
-    progress: float = 0.0
-    stage: str = ""
-    card_path: str | None = None
-    stats: Stats | None = None
-    restarts: int = 0
-    served: bool = False
-    ready_since: float | None = None
-    deaths_in_a_row: int = 0
-    dying: bool = False
-    cause: str | None = None
-    start_at: float | None = 0.0
-    kill_at: float | None = None
-    last_sign: float = 0.0
-    silent_since: float = 0.0
-
-    @property
-    def index(self) -> int:
-        """The worker's number."""
-        return self.config.index
-
-    @property
-    def takes_jobs(self) -> bool:
-        """Whether a job given to it now would be answered."""
-        return self.state == "ready" and not self.dying
+log = logs.logger("tailrace.pool")
 
 
 class Supervisor:
     """Keeps one process alive for each configuration.
 
-    ``event(worker, event)`` is called with each `Event` of a job that a worker sends; ``lost(worker)`` for each life
-    that ended, before the next one starts; ``busy(worker)`` says whether jobs are in flight there. ``watch(worker)``
-    asks for a call of `read` whenever the worker's pipe is readable; ``unwatch(worker)``, always before the pipe is
-    closed, for no more of them.
+    ``events(worker, events)`` is called with the `Event` s of jobs that a worker sends, all of one step together;
+    ``lost(worker)`` for each life that ended, before the next one starts; ``busy(worker)`` says whether it has
+    something to do. ``watch(worker)`` asks for a call of `read` whenever the worker's pipe is readable;
+    ``unwatch(worker)``, always before the pipe is closed, for no more of them.
     """
 
     def __init__(
@@ -90,23 +30,25 @@ class Supervisor:
         configs: Sequence[WorkerConfig],
         *,
         limits: Limits,
-        event: Callable[[ModelWorker, Event], None],
+        events: Callable[[ModelWorker, list[Event | Cancelled]], None],
         lost: Callable[[ModelWorker], None],
         busy: Callable[[ModelWorker], bool],
         watch: Callable[[ModelWorker], None],
         unwatch: Callable[[ModelWorker], None],
         start_life: Callable[[WorkerConfig], Life] = Incarnation,
+        counts: Counts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.workers = [ModelWorker(config) for config in configs]
+        self.workers = [ModelWorker(config, limits.breaker_deaths) for config in configs]
         self.changed = True
         self._limits = limits
-        self._event = event
+        self._events = events
         self._lost = lost
         self._busy = busy
         self._watch = watch
         self._unwatch = unwatch
         self._start_life = start_life
+        self._counts = Counts() if counts is None else counts
         self._clock = clock
         self._stopping = False
         self._last_tend = clock()
@@ -126,7 +68,7 @@ class Supervisor:
     @property
     def hopeless(self) -> bool:
         """Whether no worker works, and none is expected back soon."""
-        return all(self.given_up(worker) for worker in self.workers)
+        return all(worker.given_up for worker in self.workers)
 
     @property
     def failure(self) -> str | None:
@@ -141,38 +83,25 @@ class Supervisor:
         """Whether no process is left."""
         return all(worker.life is None for worker in self.workers)
 
-    def given_up(self, worker: ModelWorker) -> bool:
-        """Whether jobs should not wait for ``worker``: failed for good, or dying again and again."""
-        return worker.state == "failed" or (
-            worker.state in ("starting", "loading", "dead") and worker.deaths_in_a_row >= self._limits.breaker_deaths
-        )
-
     def statuses(self, jobs: Callable[[ModelWorker], int]) -> list[WorkerStatus]:
         """Return the state of each worker; ``jobs`` counts those in flight."""
         now = self._clock()
-        result = []
-        for worker in self.workers:
-            stats = worker.stats
-            result.append(
-                WorkerStatus(
-                    index=worker.index,
-                    device=worker.config.device,
-                    pid=worker.life.pid if worker.life else None,
-                    state=worker.state,
-                    progress=worker.progress,
-                    stage=worker.stage,
-                    restarts=worker.restarts,
-                    jobs=jobs(worker),
-                    steps=stats.steps if stats else 0,
-                    running=stats.running if stats else 0,
-                    waiting=stats.waiting if stats else 0,
-                    blocks_used=stats.blocks_used if stats else 0,
-                    blocks_total=stats.blocks_total if stats else 0,
-                    memory_bytes=stats.memory_bytes if stats else 0,
-                    idle_s=max(0.0, now - worker.last_sign) if worker.life else 0.0,
-                )
+        return [
+            WorkerStatus(
+                index=worker.index,
+                device=worker.config.device,
+                pid=worker.life.pid if worker.life else None,
+                state=worker.state,
+                progress=worker.progress,
+                stage=worker.stage,
+                restarts=worker.restarts,
+                cause=worker.last_end,
+                jobs=jobs(worker),
+                idle_s=max(0.0, now - worker.last_progress) if worker.life else 0.0,
+                stats=worker.stats,
             )
-        return result
+            for worker in self.workers
+        ]
 
     # --- what is done -------------------------------------------------------------------------------------------------
 
@@ -180,6 +109,12 @@ class Supervisor:
         """Hand ``order`` to the worker's process, if there is one."""
         if worker.life is not None and not worker.dying:
             worker.life.send(order)
+
+    def tell_all(self, log_as: LogAs) -> None:
+        """Let every worker log so."""
+        for worker in self.workers:
+            if worker.life is not None and not worker.dying:
+                worker.life.send(log_as)
 
     def read(self, worker: ModelWorker) -> bool:
         """Take what the worker has sent, without waiting; return whether there was anything.
@@ -192,11 +127,15 @@ class Supervisor:
         try:
             for reports in worker.life.read():
                 anything = True
-                self._sign_of_life(worker)
-                for report in reports:
-                    if type(report) is Output or not self._take_note(worker, report):
-                        worker.served = True
-                        self._event(worker, report)  # type: ignore[arg-type]
+                events: list[Event | Cancelled] = [
+                    report  # type: ignore[misc]
+                    for report in reports
+                    if type(report) is Output or not self._take_note(worker, report)
+                ]
+                if events:
+                    worker.served = True
+                    self._note_progress(worker)
+                    self._events(worker, events)
         except Ended as end:
             self._end(worker, end.cause)
         return anything
@@ -206,7 +145,7 @@ class Supervisor:
         now = self._clock()
         if now - self._last_tend > self._limits.pause_s:
             for worker in self.workers:
-                worker.silent_since = now
+                worker.owes_since = None
         self._last_tend = now
         for worker in self.workers:
             if worker.life is None:
@@ -268,7 +207,7 @@ class Supervisor:
         worker.state = "starting"
         worker.progress, worker.stage, worker.stats = 0.0, "", None
         worker.served, worker.dying, worker.ready_since, worker.cause = False, False, None, None
-        worker.last_sign = worker.silent_since = self._clock()
+        worker.last_progress, worker.owes_since = self._clock(), None
         self.changed = True
         try:
             worker.life = self._start_life(worker.config)
@@ -276,41 +215,61 @@ class Supervisor:
             self._schedule(worker, f"could not be started: {error.strerror}")
             return
         self._watch(worker)
-        log.info("model worker %d (%s) started, pid %s", worker.index, worker.config.device, worker.life.pid)
+        log.info("model worker started", worker=worker.index, device=worker.config.device, worker_pid=worker.life.pid)
 
     def _check_progress(self, worker: ModelWorker, now: float) -> None:
+        """Call it hung, or end it, if there has been work for long and no progress.
+
+        That the work was withdrawn meanwhile proves nothing: a worker that stands still does not hear of it, and one
+        that does not says so soon.
+        """
         if worker.state not in ("ready", "hung"):
             return
-        if not self._busy(worker):
-            worker.silent_since = now
-        silence = now - max(worker.last_sign, worker.silent_since)
-        if silence > self._limits.watchdog_s:
-            self._end(worker, f"made no step for {silence:.0f} s with work to do and was killed")
-        elif silence > self._limits.hung_s and worker.state == "ready":
-            log.warning("model worker %d is silent for %.0f s with work to do", worker.index, silence)
+        if worker.owes_since is None:
+            if not self._busy(worker):
+                return
+            worker.owes_since = now
+        standstill = now - worker.owes_since
+        if standstill > self._limits.watchdog_s:
+            self._counts.hangs += 1
+            self._end(worker, f"made no step for {standstill:.0f} s with work to do and was killed")
+        elif standstill > self._limits.hung_s and worker.state == "ready":
+            log.warning("model worker makes no step with work to do", worker=worker.index, seconds=standstill)
             self._change(worker, "hung")
 
-    def _sign_of_life(self, worker: ModelWorker) -> None:
-        worker.last_sign = self._clock()
+    def _note_progress(self, worker: ModelWorker) -> None:
+        worker.last_progress, worker.owes_since = self._clock(), None
         if worker.state == "hung":
-            log.info("model worker %d goes on", worker.index)
+            log.info("model worker goes on", worker=worker.index)
             self._change(worker, "ready")
+
+    def _take_stats(self, worker: ModelWorker, stats: Stats) -> None:
+        """Keep the worker's figures. They show progress if steps were made, or if none is to be made: then its loop
+        turns, and waits for orders or for a grammar that is being compiled (which the requests' deadlines bound).
+        """
+        before, worker.stats = worker.stats, stats
+        if before is None or stats.steps != before.steps or not (stats.running or stats.waiting):
+            self._note_progress(worker)
 
     def _take_note(self, worker: ModelWorker, report: Report) -> bool:
         """Keep what ``report`` says about the worker itself; return False if it is about a job."""
         if isinstance(report, Stats):
-            worker.stats = report
+            self._take_stats(worker, report)
         elif isinstance(report, Loading):
             worker.progress, worker.stage = report.progress, report.stage
+            worker.last_progress = self._clock()
             self._change(worker, "loading")
         elif isinstance(report, Ready):
             worker.progress, worker.stage, worker.card_path = 1.0, "", report.card_path
             worker.ready_since = self._clock()
-            log.info("model worker %d (%s) is ready", worker.index, worker.config.device)
+            log.info("model worker ready", worker=worker.index, device=worker.config.device)
             self._change(worker, "ready")
+        elif isinstance(report, Fatal) and worker.card_path is not None:
+            # It could be served before: this may pass (a disk, memory, a device), and jobs may wait for it.
+            self._end(worker, f"cannot serve the model again: {report.message}")
         elif isinstance(report, Fatal):
             worker.stage = report.message
-            log.error("model worker %d cannot serve the model: %s", worker.index, report.message)
+            log.error("model worker cannot serve the model", worker=worker.index, reason=report.message)
             self._change(worker, "failed")
             worker.kill_at = self._clock() + self._limits.stop_s
             self._lost(worker)
@@ -328,6 +287,7 @@ class Supervisor:
         worker.dying, worker.cause = True, cause
         self._unwatch(worker)
         if worker.state != "failed":
+            self._counts.worker_deaths += not self._stopping
             self._change(worker, "dead")
         self._lost(worker)
         worker.life.kill()
@@ -353,9 +313,9 @@ class Supervisor:
         doublings = min(worker.deaths_in_a_row - 1, 30)
         pause = min(self._limits.backoff_longest_s, self._limits.backoff_first_s * 2**doublings)
         worker.start_at = now + pause
-        worker.stage = cause
+        worker.stage = worker.last_end = cause
         self._change(worker, "dead")
-        log.error("model worker %d %s; next start in %.3g s", worker.index, cause, pause)
+        log.error("model worker ended", worker=worker.index, cause=cause, next_start_s=pause)
 
     def _change(self, worker: ModelWorker, state: State) -> None:
         worker.state = state

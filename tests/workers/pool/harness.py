@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from tests.lifeline import tied
 from workers.messages import (
     ClientMessage,
     Event,
@@ -26,6 +27,7 @@ from workers.messages import (
     PoolStatus,
     SamplingParams,
     Started,
+    StatusQuery,
 )
 from workers.wire import Decoder, encode
 
@@ -43,7 +45,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
         time.sleep(0.01)
 
 
-def job(prompt: list[int], max_tokens: int = 20, *, n: int = 1, seed: int = 0) -> GenerateJob:
+def job(prompt: list[int], max_tokens: int = 20, *, n: int = 1, seed: int = 0, salt: str = "") -> GenerateJob:
     """A job with an id of its own."""
     return GenerateJob(
         id=f"job-{os.getpid()}-{next(_numbers)}",
@@ -51,6 +53,7 @@ def job(prompt: list[int], max_tokens: int = 20, *, n: int = 1, seed: int = 0) -
         max_tokens=max_tokens,
         n=n,
         sampling=SamplingParams(seed=seed),
+        salt=salt,
     )
 
 
@@ -84,6 +87,9 @@ class Connection:
         self.events: dict[str, list[Event]] = {}
         self.frames: list[Events] = []
         self.status: PoolStatus | None = None
+        # The longest time (seconds) in which a job that had begun to answer got nothing.
+        self.longest_gap_s = 0.0
+        self._heard: dict[str, float] = {}
 
     def send(self, *messages: ClientMessage) -> None:
         self.socket.sendall(b"".join(map(encode, messages)))
@@ -108,6 +114,10 @@ class Connection:
                     self.frames.append(message)
                     for event in message.events:
                         self.events.setdefault(event.id, []).append(event)
+                        if isinstance(event, Output):
+                            now = time.monotonic()
+                            self.longest_gap_s = max(self.longest_gap_s, now - self._heard.get(event.id, now))
+                            self._heard[event.id] = now
 
     def wait_end(self) -> None:
         """Read until the pool closes the connection."""
@@ -122,6 +132,23 @@ class Connection:
         )
         assert self.status is not None
         return self.status
+
+    def ask_status(self) -> PoolStatus:
+        """Return the pool's state, asked for now."""
+        self.status = None
+        self.send(StatusQuery())
+        self.wait(lambda: self.status, "a status")
+        assert self.status is not None
+        return self.status
+
+    def wait_status(self, condition: Callable[[PoolStatus], object], what: str, seconds: float = PATIENCE) -> None:
+        """Ask the pool for its state until ``condition`` holds of it; events are taken in meanwhile."""
+        wait_until(lambda: condition(self.ask_status()), what, seconds)
+
+    def wait_seconds(self, seconds: float) -> None:
+        """Let time pass, as the fault has it, and take in what comes."""
+        over = time.monotonic() + seconds
+        self.wait_status(lambda status: time.monotonic() >= over, "the time", seconds + PATIENCE)
 
     def tokens(self, wanted: GenerateJob, choice: int = 0) -> list[int]:
         """The tokens of a choice so far."""
@@ -156,6 +183,17 @@ class Connection:
         self.socket.close()
 
 
+def pool_status(path: Path) -> PoolStatus:
+    """Ask the pool at the socket ``path``. Raises OSError or EOFError when there is none."""
+    connection = Connection(path)
+    try:
+        connection.wait(lambda: connection.status)
+        assert connection.status is not None
+        return connection.status
+    finally:
+        connection.close()
+
+
 class PoolProcess:
     """A running pool with the scripted engine; see `tests.workers.pool.run_pool` for the options."""
 
@@ -166,7 +204,7 @@ class PoolProcess:
         extra = ["--lifeline", str(theirs.fileno())] if lifeline else []
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.workers.pool.run_pool", str(directory), *arguments, *extra],
+                tied([sys.executable, "-m", "tests.workers.pool.run_pool", str(directory), *arguments, *extra]),
                 cwd=ROOT,
                 pass_fds=[theirs.fileno()],
                 stdout=log,

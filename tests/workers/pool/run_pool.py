@@ -8,9 +8,9 @@ from pathlib import Path
 from config import logs
 from workers.config import WorkerConfig
 from workers.pool.console import Console
+from workers.pool.model_worker import Limits
 from workers.pool.rendezvous import Rendezvous, Taken
 from workers.pool.server import Pool, PoolOptions
-from workers.pool.supervisor import Limits
 
 ENGINE = "tests.workers.pool.scripted_engine:run"
 
@@ -26,7 +26,10 @@ def main() -> int:
     parser.add_argument("--backoff", type=float, default=0.05)
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=256)
-    parser.add_argument("--max-replays", type=int, default=1)
+    parser.add_argument("--max-queue-tokens", type=int, default=1_000_000)
+    parser.add_argument("--queue-timeout", type=float, default=0.0)
+    parser.add_argument("--max-replays", type=int, default=3)
+    parser.add_argument("--breaker", type=int, default=5)
     parser.add_argument("--client-bytes", type=int, default=64 * 1024 * 1024)
     parser.add_argument("--client-patience", type=float, default=30.0)
     parser.add_argument("--drain", type=float, default=10.0)
@@ -53,11 +56,18 @@ def main() -> int:
         PoolOptions(
             max_batch=options.max_batch,
             max_queue=options.max_queue,
+            max_queue_tokens=options.max_queue_tokens,
+            queue_timeout_s=options.queue_timeout,
             max_replays=options.max_replays,
             client_pending_bytes=options.client_bytes,
             client_patience_s=options.client_patience,
             drain_s=options.drain,
-            limits=Limits(watchdog_s=options.watchdog, backoff_first_s=options.backoff, stop_s=2.0),
+            limits=Limits(
+                watchdog_s=options.watchdog,
+                backoff_first_s=options.backoff,
+                breaker_deaths=options.breaker,
+                stop_s=2.0,
+            ),
         ),
         display=Console("http://127.0.0.1:1"),
         lifeline=None if options.lifeline is None else socket.socket(fileno=options.lifeline),

@@ -1,7 +1,9 @@
 """An engine without a model: tokens are a pure function of the job, and the prompt says how to misbehave.
 
 A prompt is ``[command, at, once, ...]``: the command is carried out before the token at position ``at``; with ``once``
-1 only in a first run, not in a replay. ``base_model`` may ask for misbehaviour while loading (`LOADING`).
+1 only in a first run, not in a replay. LOOP stands still like HANG, but goes on sending signs of life; COMPILE does not
+begin before its gate is open, and says of itself that it has nothing to do. ``base_model`` may ask for misbehaviour
+while loading (`LOADING`).
 """
 
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 from workers.config import WorkerConfig
 from workers.messages import (
     Cancel,
+    Cancelled,
     Embedded,
     EmbedJob,
     Failed,
@@ -28,7 +31,7 @@ from workers.messages import (
     Stats,
 )
 
-PLAIN, HANG, RAISE, EXIT, GARBAGE, SILENT, WAIT, REFUSE, BURST = range(9)
+PLAIN, HANG, RAISE, EXIT, GARBAGE, SILENT, WAIT, REFUSE, BURST, LOOP, COMPILE, HALF = range(12)
 LOADING = ("scripted:fatal", "scripted:crash", "scripted:wait", "scripted:child")
 
 STEP_SECONDS = 0.002
@@ -51,6 +54,11 @@ def gate(config_dir: str | Path, number: int) -> Path:
     return Path(config_dir) / f"gate-{number}"
 
 
+def crash(config_dir: str | Path, index: int) -> Path:
+    """The file that worker ``index`` dies of whenever it is started."""
+    return Path(config_dir) / f"crash-{index}"
+
+
 @dataclass
 class _Running:
     job: GenerateJob
@@ -65,7 +73,7 @@ def run(config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Ca
     if config.base_model == "scripted:fatal":
         fatal(config, inbox, emit)
         return
-    if config.base_model == "scripted:crash":
+    if config.base_model == "scripted:crash" or crash(config.cache_dir, config.index).exists():
         os._exit(9)
     if config.base_model == "scripted:wait":
         while not gate(config.cache_dir, 0).exists():
@@ -82,6 +90,14 @@ def fatal(config: WorkerConfig, inbox: object, emit: Callable[[list[Report]], No
     emit([Fatal(message="this model\ncannot be served")])
 
 
+def gated(config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Callable[[list[Report]], None]) -> None:
+    """An engine that loads until the gate for it is open."""
+    emit([Loading(progress=0.43, stage="reading")])
+    while not gate(config.cache_dir, 0).exists():
+        time.sleep(0.005)
+    run(config, inbox, emit)
+
+
 def never_ready(config: WorkerConfig, inbox: object, emit: Callable[[list[Report]], None]) -> None:
     """An engine that loads for ever."""
     emit([Loading(progress=0.1, stage="reading")])
@@ -93,6 +109,7 @@ class _Loop:
     def __init__(self, config: WorkerConfig, inbox: "queue.SimpleQueue[Order | None]", emit: Callable[..., None]):
         self._config, self._inbox, self._emit = config, inbox, emit
         self._running: dict[str, _Running] = {}
+        self._compiling: dict[str, GenerateJob] = {}
         self._steps = 0
         self._stats_at = 0.0
 
@@ -107,27 +124,41 @@ class _Loop:
                 if order is None:
                     return
                 self._take(order, reports)
+            for job in [job for job in self._compiling.values() if self._open(job)]:
+                del self._compiling[job.id]
+                self._begin(job)
             for each in list(self._running.values()):
                 self._step(each, reports)
             if time.monotonic() >= self._stats_at:
                 self._stats_at = time.monotonic() + STATS_SECONDS
-                reports.append(
-                    Stats(steps=self._steps, running=len(self._running), waiting=0, blocks_used=0, blocks_total=1)
-                )
+                reports.append(self._stats())
             if reports:
                 self._emit(reports)
             if self._running:
                 self._steps += 1
                 time.sleep(STEP_SECONDS)
 
+    def _stats(self) -> Stats:
+        return Stats(steps=self._steps, running=len(self._running), waiting=0, blocks_used=0, blocks_total=1)
+
+    def _open(self, job: GenerateJob) -> bool:
+        return gate(self._config.cache_dir, job.prompt[3]).exists()
+
+    def _cancel(self, order: Cancel) -> None:
+        if order.choice is None:
+            self._compiling.pop(order.id, None)
+        running = self._running.get(order.id)
+        if running is None:
+            return
+        running.open -= set(running.open) if order.choice is None else {order.choice}
+        if not running.open:
+            del self._running[order.id]
+
     def _take(self, order: Order, reports: list[Report]) -> None:
         if isinstance(order, Cancel):
-            running = self._running.get(order.id)
-            if running is None:
-                return
-            running.open -= set(running.open) if order.choice is None else {order.choice}
-            if not running.open:
-                del self._running[order.id]
+            self._cancel(order)
+            if order.confirm:
+                reports.append(Cancelled(id=order.id))
             return
         reports.append(Started(id=order.id))
         if isinstance(order, EmbedJob):
@@ -136,8 +167,14 @@ class _Loop:
         if order.prompt[0] == REFUSE:
             reports.append(Failed(id=order.id, kind="invalid", message="refused as told"))
             return
-        done = [len(ids) for ids in order.emitted] or [0] * order.n
-        self._running[order.id] = _Running(order, bool(order.emitted), done, set(range(order.n)))
+        if order.prompt[0] == COMPILE:
+            self._compiling[order.id] = order
+        else:
+            self._begin(order)
+
+    def _begin(self, job: GenerateJob) -> None:
+        done = [len(ids) for ids in job.emitted] or [0] * job.n
+        self._running[job.id] = _Running(job, bool(job.emitted), done, set(range(job.n)))
 
     def _step(self, running: _Running, reports: list[Report]) -> None:
         job = running.job
@@ -160,10 +197,10 @@ class _Loop:
 
     def _obey(self, command: int, job: GenerateJob, reports: list[Report]) -> bool:
         """Carry out the command; return whether the job makes no token in this step."""
-        if command in (PLAIN, BURST):
+        if command in (PLAIN, BURST, COMPILE):
             return False
         if command == WAIT:
-            return not gate(self._config.cache_dir, job.prompt[3]).exists()
+            return not self._open(job)
         if command == SILENT:
             return True
         self._emit(reports)
@@ -172,6 +209,16 @@ class _Loop:
         if command == RAISE:
             raise RuntimeError("raised as told")
         if command == GARBAGE:
-            os.write(self._emit.__self__._fd, b"\x00\x00\x00\x02\xff\xff garbage")  # type: ignore[attr-defined]
+            self._write(b"\x00\x00\x00\x02\xff\xff garbage")
+        if command == HALF:
+            self._write(b"\x00\x00\x01\x00 half a frame")
+            os._exit(9)
+        while command == LOOP:
+            self._emit([self._stats()])
+            time.sleep(STATS_SECONDS)
         while True:  # HANG, and after garbage
             time.sleep(1)
+
+    def _write(self, data: bytes) -> None:
+        """Write to the pipe what is no report."""
+        os.write(self._emit.__self__._fd, data)  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """The arbiter's side: when it starts a pool, and when it does not."""
 
-import logging
 import os
 import signal
 import socket
@@ -9,10 +8,12 @@ import sys
 
 import pytest
 
+from config import logs
 from tests.workers.pool.harness import ROOT, alive, wait_until
+from workers.pool.bulletin import Bulletin
 from workers.pool.keeper import HANDOVER_VARIABLE, PoolGaveUp, PoolKeeper
 
-LOG = logging.getLogger("test")
+LOG = logs.logger("test")
 
 
 class FakePool:
@@ -160,7 +161,7 @@ def test_the_keeper_needs_nothing_but_the_standard_library():
     code = (
         "import sys; before = set(sys.modules); import workers.pool.keeper;"
         "print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names"
-        " and m.split('.')[0] != 'workers'])"
+        " and m.split('.')[0] not in ('config', 'workers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -177,3 +178,51 @@ def test_a_pool_starts_with_signals_held_back_and_the_arbiter_goes_on_without(di
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         assert name in (directory / "mask").read_text()
     keeper.stop(5)
+
+
+def test_a_pool_that_has_fallen_silent_is_a_standstill_and_then_killed(directory, monkeypatch):
+    killed = []
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: killed.append((pid, number)))
+    bench = Bench(directory)
+    bench.keeper.tend()
+    assert bench.keeper.bulletin().text == "starting the pool"
+    said = Bulletin("ready: 1 worker", ready=True)
+    bench.pools[0].end.sendall(said.line())
+    bench.keeper.tend()
+    assert bench.keeper.bulletin() == said
+    while not killed:
+        bench.now += 1.0
+        bench.keeper.tend()
+        assert bench.now <= bench.keeper.silent_s + 1
+        assert bench.keeper.bulletin().moving == (bench.now <= bench.keeper.stale_s) or killed
+    assert (killed, bench.now) == ([(4711, signal.SIGKILL)], bench.keeper.silent_s + 1)
+    bench.pools[0].die()
+    bench.keeper.tend()
+    assert len(bench.pools) == 2
+
+
+def test_silence_while_the_arbiter_itself_was_stopped_proves_nothing(directory, monkeypatch):
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: pytest.fail("killed"))
+    bench = Bench(directory)
+    bench.keeper.tend()
+    bench.pools[0].end.sendall(Bulletin("ready", ready=True).line())
+    bench.keeper.tend()
+    bench.now += 3600.0
+    bench.keeper.tend()
+    assert bench.keeper.bulletin().moving
+
+
+def test_a_successor_hears_nothing_of_the_pool_while_its_predecessor_lives_but_sees_its_end(directory):
+    bench = Bench(directory)
+    bench.keeper.tend()
+    bench.keeper.listens = False
+    bench.pools[0].end.sendall(Bulletin("ready", ready=True).line())
+    bench.keeper.tend()
+    assert not bench.keeper.bulletin().ready
+    bench.keeper.listens = True
+    bench.keeper.tend()
+    assert bench.keeper.bulletin().ready
+    bench.keeper.listens = False
+    bench.pools[0].die(b"unheard")
+    bench.keeper.tend()
+    assert len(bench.pools) == 2

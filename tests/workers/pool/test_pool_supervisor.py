@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from workers.config import WorkerConfig
-from workers.messages import Event, Fatal, Loading, Order, Output, Ready, Report, Stats
+from workers.messages import Cancelled, Event, Fatal, Loading, Order, Output, Ready, Report, Stats
+from workers.pool.counts import Counts
 from workers.pool.incarnation import Ended
-from workers.pool.supervisor import Limits, Supervisor
+from workers.pool.model_worker import Limits
+from workers.pool.supervisor import Supervisor
 
 STATS = Stats(steps=1, running=0, waiting=0, blocks_used=0, blocks_total=0)
 LIMITS = Limits(watchdog_s=30, backoff_first_s=1, backoff_longest_s=60, breaker_deaths=3, stop_s=5, pause_s=50)
@@ -62,16 +64,18 @@ class Bench:
         self.lives: list[FakeLife] = []
         self.events: list[Event] = []
         self.lost = 0
+        self.counts = Counts()
         self.watched = 0
         self.supervisor = Supervisor(
             [WorkerConfig(index=index, base_model="m", runtime_dir="r", cache_dir="c") for index in range(count)],
             limits=LIMITS,
-            event=lambda worker, event: self.events.append(event),
+            events=lambda worker, events: self.events.extend(events),
             lost=lambda worker: setattr(self, "lost", self.lost + 1),
             busy=lambda worker: self.busy,
             watch=lambda worker: setattr(self, "watched", self.watched + 1),
             unwatch=lambda worker: setattr(self, "watched", self.watched - 1),
             start_life=self._start,
+            counts=self.counts,
             clock=lambda: self.now,
         )
         self.worker = self.supervisor.workers[0]
@@ -181,13 +185,31 @@ def test_fatal_is_never_started_again_and_a_failure_only_if_it_is_true_of_all():
     assert bench.supervisor.failure == "no such file"
 
 
+def test_fatal_after_the_model_was_served_is_a_death_like_others():
+    bench = Bench()
+    bench.ready()
+    bench.die()
+    for _ in range(LIMITS.breaker_deaths - 1):
+        assert not bench.supervisor.hopeless
+        bench.pass_time(120)
+        bench.report(Fatal(message="no such file"))
+        assert bench.life.killed
+        assert bench.life.closed
+    assert bench.worker.last_end == "cannot serve the model again: no such file"
+    assert bench.supervisor.hopeless
+    assert bench.supervisor.failure is None
+    bench.pass_time(120)
+    bench.ready()
+    assert not bench.supervisor.hopeless
+
+
 def test_a_busy_silent_worker_is_hung_then_killed_then_replaced():
     bench = Bench()
     bench.ready()
     bench.busy = True
     bench.pass_time(9)
     assert bench.worker.state == "ready"
-    bench.pass_time(2)
+    bench.pass_time(3)
     assert bench.worker.state == "hung"
     assert not bench.supervisor.can_answer
     bench.pass_time(20)
@@ -216,6 +238,86 @@ def test_signs_of_life_keep_a_slow_worker():
         bench.pass_time(9)
         bench.report(STATS)
     assert bench.worker.state == "ready"
+
+
+def test_frames_without_a_step_are_no_sign_of_life():
+    bench = Bench()
+    bench.ready()
+    bench.busy = True
+    bench.report(Stats(steps=5, running=2, waiting=0, blocks_used=1, blocks_total=9))
+    for _ in range(12):
+        bench.pass_time(1)
+        bench.report(Stats(steps=5, running=2, waiting=0, blocks_used=1, blocks_total=9))
+    assert bench.worker.state == "hung"
+    assert bench.supervisor.statuses(lambda worker: 2)[0].idle_s == 12
+    for _ in range(20):
+        bench.pass_time(1)
+        bench.report(Stats(steps=5, running=2, waiting=0, blocks_used=1, blocks_total=9))
+    assert bench.lives[0].killed
+    assert (bench.counts.hangs, bench.counts.worker_deaths) == (1, 1)
+
+
+@pytest.mark.parametrize("progress", ["steps", "events", "nothing to do", "cancelled"])
+def test_steps_words_about_jobs_and_an_idle_loop_show_progress(progress):
+    bench = Bench()
+    bench.ready()
+    bench.busy = True
+    for number in range(20):
+        bench.pass_time(8)
+        steps = number if progress == "steps" else 5
+        running = 0 if progress == "nothing to do" else 1
+        bench.report(Stats(steps=steps, running=running, waiting=0, blocks_used=1, blocks_total=9))
+        if progress == "events":
+            bench.report(Output(id="a", ids=[number]))
+        if progress == "cancelled":
+            bench.report(Cancelled(id=""))
+    assert bench.worker.state == "ready"
+    assert len(bench.lives) == 1
+
+
+def test_work_that_is_withdrawn_from_a_worker_that_stands_still_does_not_hide_that_it_does():
+    bench = Bench()
+    bench.ready()
+    bench.busy = True
+    bench.pass_time(2)
+    bench.busy = False  # the client has left; the worker does not say that it has heard of it
+    bench.pass_time(10)
+    assert bench.worker.state == "hung"
+    bench.pass_time(21)
+    assert bench.lives[0].killed
+
+
+def test_how_the_last_life_ended_is_told_of_the_next():
+    bench = Bench()
+    assert bench.supervisor.statuses(lambda worker: 0)[0].cause == ""
+    bench.die()
+    bench.pass_time(3)
+    bench.ready()
+    assert bench.worker.state == "ready"
+    assert bench.supervisor.statuses(lambda worker: 0)[0].cause == "exited with code 1"
+
+
+def test_pauses_grow_to_a_minute_while_nothing_is_answered_and_shrink_after_an_answer():
+    bench = Bench()
+    pauses = []
+    for _ in range(9):
+        bench.die()
+        assert bench.worker.start_at is not None
+        pauses.append(bench.worker.start_at - bench.now)
+        bench.pass_time(pauses[-1] + 1)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    bench.ready()
+    bench.report(Output(id="a", ids=[1]))
+    bench.die()
+    assert bench.worker.start_at == bench.now + 1
+
+
+def test_ends_that_were_asked_for_are_no_deaths():
+    bench = Bench()
+    bench.ready()
+    bench.supervisor.stop()
+    bench.die()
+    assert bench.counts.worker_deaths == 0
 
 
 def test_a_pool_that_was_not_run_itself_does_not_blame_its_workers():
