@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -17,8 +18,9 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
-    """Yield name and file of each module of ``package``."""
-    for path in sorted((ROOT / package.replace(".", "/")).rglob("*.py")):
+    """Yield name and file of each module of ``package``, which may be one module itself."""
+    place = ROOT / package.replace(".", "/")
+    for path in sorted(place.rglob("*.py")) or [place.with_suffix(".py")]:
         yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
 
 
@@ -59,16 +61,48 @@ def test_app_knows_of_the_workers_only_what_crosses_the_border():
     assert breaches("app", ("app", "config", "workers.messages", "workers.wire")) == []
 
 
-def test_text_does_not_know_the_api():
-    assert breaches("app.text", ("app.text", "app.pool_client", "config", "workers.messages", "workers.wire")) == []
+# What each part of the HTTP side knows of the others: only those below it.
+BELOW = {
+    "app.bell": (),
+    "app.ids": (),
+    "app.timings": (),
+    "app.metrics": ("app.pool_stream", "app.text", "app.timings"),
+    "app.store": (),
+    "app.text": ("app.ids", "app.pool_client"),
+    "app.pool_stream": ("app.bell", "app.text.errors", "app.text.offload", "app.timings"),
+    "app.pool_client": ("app.pool_stream", "app.text.errors", "app.text.offload", "app.timings"),
+    "app.errors": ("app.text.errors",),
+    "app.door": ("app.errors", "app.ids"),
+    "app.api": (
+        "app.door",
+        "app.errors",
+        "app.ids",
+        "app.metrics",
+        "app.pool_client",
+        "app.pool_stream",
+        "app.store",
+        "app.text",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", BELOW)
+def test_the_parts_of_the_http_side_know_only_what_is_below_them(part):
+    assert breaches(part, (part, *BELOW[part]), among=("app",)) == []
+
+
+def test_every_part_of_the_http_side_has_its_place():
+    parts = {f"app.{path.stem}" for path in (ROOT / "app").iterdir() if not path.name.startswith("_")}
+    assert parts == BELOW.keys()
 
 
 def test_workers_do_not_know_app():
     assert breaches("workers", ("workers", "config")) == []
 
 
-def test_the_engine_knows_messages_and_its_configuration_only():
-    assert breaches("workers.engine", ("workers.engine", "workers.messages", "workers.config")) == []
+def test_the_engine_knows_messages_its_configuration_and_the_log_only():
+    allowed = ("workers.engine", "workers.messages", "workers.config", "config.logs", "config.template_sandbox")
+    assert breaches("workers.engine", allowed) == []
 
 
 def test_config_knows_nobody():
@@ -126,10 +160,13 @@ def test_everything_imported_is_required_by_name():
         for module, path in modules(package):
             for name in imports(path):
                 _assert_declared(name, declared, module)
-    declared |= _required("requirements-dev.txt")
+    declared |= _required("requirements-dev.txt") | _required("requirements-fuzz.txt")
     for module, path in modules("tests"):
         for name in imports(path):
-            _assert_declared(name, declared, module)
+            if module.endswith("_client") and within(module, "tests.e2e.clients"):
+                _assert_a_client(name, module)
+            else:
+                _assert_declared(name, declared, module)
 
 
 def _required(file: str) -> set[str]:
@@ -137,11 +174,24 @@ def _required(file: str) -> set[str]:
     return {_plain(line.partition("==")[0]) for line in lines if "==" in line}
 
 
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+def _assert_a_client(name: str, module: str) -> None:
+    """These scripts run in an environment of their own, which is not at hand here."""
+    top = _plain(name.partition(".")[0])
+    known = any(each == top or each.startswith(top + "-") for each in _required("requirements-clients.txt"))
+    assert known or top in sys.stdlib_module_names, f"{module} imports {name}, which no requirements file names"
+
+
 def _assert_declared(name: str, declared: set[str], module: str) -> None:
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names or top in (*OURS, "tests", "benchmarks", "gunicorn_conf", "flash_attn"):
         return
-    distributions = {_plain(each) for each in packages_distributions().get(top, [])}
+    # What is not installed here (atheris) is looked for by its own name.
+    distributions = {_plain(each) for each in _distributions().get(top, [top])}
     assert distributions & declared, f"{module} imports {name}, which no requirements file names"
 
 

@@ -25,7 +25,7 @@ def test_every_flag_that_is_named_exists(path: Path):
 def test_both_languages_show_the_same_examples():
     english, chinese = map(examples, READMES)
     assert english == chinese
-    assert len(english) == 8
+    assert len(english) == 9
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
@@ -47,4 +47,4 @@ def test_the_parameter_table_has_every_field_that_shapes_an_answer(path: Path):
     told = _fields(path.read_text(encoding="utf-8"))
     assert "temperature" in _fields(both)
     assert _fields(both) - {"model"} <= told
-    assert {"echo", "suffix", "logprobs", "top_logprobs", "max_tokens", "dimensions"} <= told
+    assert {"echo", "suffix", "logprobs", "top_logprobs", "max_tokens", "dimensions", "tools", "store"} <= told
