@@ -327,8 +327,10 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     stats: Stats | None = None
 
 
-class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
+class PoolCounters(msgspec.Struct, kw_only=True):
     """What the pool has counted since it started; jobs but for ``worker_deaths`` and ``hangs``.
+
+    Not frozen, unlike all else here: the pool counts in one of its own, and sends copies.
 
     ``replayed`` were taken up again after a death, ``quarantined`` of them tried alone, ``poisoned`` given up as the
     cause of deaths and ``refused_poison`` refused for being like one of those; ``refused_full`` found no place in the
@@ -365,7 +367,7 @@ class PoolStatus(Message, frozen=True):
     queued_tokens: int = 0
     kept: int = 0
     tokens_per_second: float = 0.0
-    counters: PoolCounters = PoolCounters()
+    counters: PoolCounters = msgspec.field(default_factory=PoolCounters)
 
 
 PoolMessage = Events | PoolStatus

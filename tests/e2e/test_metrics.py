@@ -9,6 +9,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.beside import Beside
 from tests.e2e.server import Server, wait_until
 
 CHAT = "/v1/chat/completions"

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Literal
 
 from config import logs
-from workers.messages import Cancel, Cancelled, Embedded, Event, Failed, Job, Order, Output
-from workers.pool.counts import Counts
+from workers.messages import Cancel, Cancelled, Embedded, Event, Failed, Job, Order, Output, PoolCounters
 from workers.pool.deadlines import Deadlines
 from workers.pool.drain_rate import DrainRate
 from workers.pool.journal import Client, Entry
@@ -46,7 +45,7 @@ class Broker(Generic[W]):
         max_replays: int,
         max_queue_tokens: int = 1_000_000,
         queue_timeout_s: float = 0.0,
-        counts: Counts | None = None,
+        counts: PoolCounters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
@@ -55,7 +54,7 @@ class Broker(Generic[W]):
         self._max_queue_tokens = max_queue_tokens
         self._max_replays = max_replays
         self._queue_timeout_s = queue_timeout_s
-        self._counts = Counts() if counts is None else counts
+        self._counts = PoolCounters() if counts is None else counts
         self._clock = clock
         self._entries: dict[str, Entry] = {}
         self._queue = WaitingLine()

@@ -7,8 +7,7 @@ death makes room for the next: a hundred suspects are through in the time of a h
 from collections.abc import Callable
 from typing import Generic
 
-from workers.messages import Cancel
-from workers.pool.counts import Counts
+from workers.messages import Cancel, PoolCounters
 from workers.pool.journal import Entry
 from workers.pool.placement import Placement, W
 
@@ -39,7 +38,7 @@ class Quarantine(Generic[W]):
     expected, somebody's jobs are parked for the time of the trials.
     """
 
-    def __init__(self, placement: Placement[W], counts: Counts, park: Callable[[Entry], None]) -> None:
+    def __init__(self, placement: Placement[W], counts: PoolCounters, park: Callable[[Entry], None]) -> None:
         self.suspects: dict[str, Entry] = {}
         self.wards: dict[int, Ward] = {}
         self._placement = placement

@@ -19,6 +19,7 @@ from workers.messages import (
     GenerateJob,
     Keep,
     LogAs,
+    PoolCounters,
     PoolStatus,
     StatusQuery,
     WorkerStatus,
@@ -26,7 +27,6 @@ from workers.messages import (
 from workers.pool.broker import Broker
 from workers.pool.client import Client, Gone
 from workers.pool.clients import Clients
-from workers.pool.counts import Counts
 from workers.pool.incarnation import Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker
 from workers.pool.rendezvous import Rendezvous
@@ -107,7 +107,7 @@ class Pool:
         self._tell_at = 0.0
         self._clock = clock
         self._selector = selectors.DefaultSelector()
-        self._counts = Counts()
+        self._counts = PoolCounters()
         self._supervisor = Supervisor(
             configs,
             limits=options.limits,
@@ -344,7 +344,7 @@ class Pool:
             queued_tokens=self._broker.queued_tokens,
             kept=len(self._rooms),
             tokens_per_second=self._broker.tokens_per_second,
-            counters=self._counts.snapshot(),
+            counters=msgspec.structs.replace(self._counts),
         )
 
     def _publish(self, now: float) -> None:

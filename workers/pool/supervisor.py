@@ -8,8 +8,20 @@ from collections.abc import Callable, Sequence
 
 from config import logs
 from workers.config import WorkerConfig
-from workers.messages import Cancelled, Event, Fatal, Loading, LogAs, Order, Output, Ready, Report, Stats, WorkerStatus
-from workers.pool.counts import Counts
+from workers.messages import (
+    Cancelled,
+    Event,
+    Fatal,
+    Loading,
+    LogAs,
+    Order,
+    Output,
+    PoolCounters,
+    Ready,
+    Report,
+    Stats,
+    WorkerStatus,
+)
 from workers.pool.incarnation import Ended, Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker, State
 
@@ -36,7 +48,7 @@ class Supervisor:
         watch: Callable[[ModelWorker], None],
         unwatch: Callable[[ModelWorker], None],
         start_life: Callable[[WorkerConfig], Life] = Incarnation,
-        counts: Counts | None = None,
+        counts: PoolCounters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = [ModelWorker(config, limits.breaker_deaths) for config in configs]
@@ -48,7 +60,7 @@ class Supervisor:
         self._watch = watch
         self._unwatch = unwatch
         self._start_life = start_life
-        self._counts = Counts() if counts is None else counts
+        self._counts = PoolCounters() if counts is None else counts
         self._clock = clock
         self._stopping = False
         self._last_tend = clock()

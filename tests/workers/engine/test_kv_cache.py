@@ -66,7 +66,7 @@ def test_hashes_tell_tenants_and_histories_apart() -> None:
 
 
 def _pages_in_memory(tensor: torch.Tensor) -> int:
-    """Count the pages of ``tensor`` that the kernel has given memory, by /proc/self/pagemap: 8 bytes a page, bit 63 says so.
+    """Count the pages of ``tensor`` that have memory, by /proc/self/pagemap: 8 bytes a page, bit 63 says so.
 
     Unlike the resident size of the process, this does not move with what else the process does.
     """

@@ -17,12 +17,12 @@ from workers.messages import (
     Job,
     Order,
     Output,
+    PoolCounters,
     Queued,
     Report,
     Started,
 )
 from workers.pool.broker import Broker
-from workers.pool.counts import Counts
 from workers.pool.journal import Entry
 
 GOOD, KILLS, HANGS = range(3)
@@ -137,7 +137,7 @@ class Simulation:
 
     def __init__(self, workers: int = 1, **options: Any) -> None:
         self.now = 100.0
-        self.counts = Counts()
+        self.counts = PoolCounters()
         self.client = SimClient()
         self.hopeless = False
         self.deaths = 0

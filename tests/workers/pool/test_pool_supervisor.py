@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from workers.config import WorkerConfig
-from workers.messages import Cancelled, Event, Fatal, Loading, Order, Output, Ready, Report, Stats
-from workers.pool.counts import Counts
+from workers.messages import Cancelled, Event, Fatal, Loading, Order, Output, PoolCounters, Ready, Report, Stats
 from workers.pool.incarnation import Ended
 from workers.pool.model_worker import Limits
 from workers.pool.supervisor import Supervisor
@@ -64,7 +63,7 @@ class Bench:
         self.lives: list[FakeLife] = []
         self.events: list[Event] = []
         self.lost = 0
-        self.counts = Counts()
+        self.counts = PoolCounters()
         self.watched = 0
         self.supervisor = Supervisor(
             [WorkerConfig(index=index, base_model="m", runtime_dir="r", cache_dir="c") for index in range(count)],
