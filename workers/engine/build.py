@@ -60,7 +60,7 @@ def build(loaded: LoadedModel, config: WorkerConfig) -> Engine:
         step = _eager_step(loaded, config, layers, blocks, attention, ids, reference)
     pool = BlockPool(blocks, block_size)
     scheduler = Scheduler(pool, config.max_batch, config.prefill_chunk)
-    scheduler.expect(seconds / PROBE_TOKENS)
+    scheduler.pace.expect(seconds / PROBE_TOKENS)
     longest = min(max_model_len, blocks * block_size)
     return Engine(step, scheduler, longest, vocabulary, frozenset(config.adapters))
 

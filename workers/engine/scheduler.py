@@ -13,23 +13,9 @@ from dataclasses import dataclass, field
 from workers.engine.ceiling import Ceiling
 from workers.engine.errors import OutOfBlocks
 from workers.engine.kv_cache import BlockPool
+from workers.engine.pace import IDLE_FACTOR, SMALLEST_CHUNK, SMALLEST_EXTRA, Pace
 from workers.engine.sequence import Sequence, State
 from workers.messages import EmbedJob, GenerateJob
-
-# Below this many tokens a slice of a prompt is not worth a pass of its own; beside others that decode it needs none.
-SMALLEST_CHUNK = 16
-SMALLEST_EXTRA = 4
-# With nobody waiting for a next token a slice may be this many times longer: fewer passes, better use of the hardware.
-IDLE_FACTOR = 4
-# No slice should take longer than this (seconds): cancellations wait for it, and the pool takes silence for death.
-LONGEST_SLICE_S = 0.5
-# While others wait for their next token, a slice may take this many times as long as their step, and more where more
-# sequences wait for their first token than for their next.
-SLICE_PER_STEP = 0.6
-# So short a slice (seconds) disturbs nobody.
-SHORTEST_SLICE_S = 0.005
-# Weight of the newest measurement in what is known about speed.
-LEARNING_RATE = 0.3
 
 
 @dataclass(frozen=True)
@@ -57,45 +43,21 @@ class Scheduler:
     def __init__(self, pool: BlockPool, max_batch: int, prefill_chunk: int) -> None:
         self.pool = pool
         self.max_batch = max_batch
-        self.prefill_chunk = prefill_chunk
+        self.pace = Pace(prefill_chunk)
         self.ceiling = Ceiling(max_batch, prefill_chunk * IDLE_FACTOR)
         self.preemptions = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        # Measured; 0 while unknown.
-        self._seconds_per_token = 0.0
-        self._step_seconds = 0.0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def expect(self, seconds_per_token: float) -> None:
-        """Say how fast prompts will be read, until passes have been measured."""
-        self._seconds_per_token = seconds_per_token
-
     def note_pass(self, batch: list[Scheduled], seconds: float) -> None:
-        """Learn from a pass how long a step of the running sequences takes and how fast prompts are read beside it."""
+        """Learn from a pass that went well."""
         if self.ceiling.lowered:
             self.ceiling.note_quiet_pass()
-        prompt_tokens = sum(item.tokens for item in batch if item.tokens > 1)
-        rows = len(batch) - sum(item.tokens > 1 for item in batch)
-        if not prompt_tokens:
-            self._step_seconds = _learned(self._step_seconds, seconds)
-        elif prompt_tokens >= SMALLEST_EXTRA:
-            own = seconds - (self._step_seconds if rows else 0.0)
-            self._seconds_per_token = _learned(self._seconds_per_token, max(own, 0.1 * seconds) / prompt_tokens)
-
-    def _slice_budget(self, reading: int, decoding: int) -> int:
-        """Return how many prompt tokens the next pass may carry, for ``reading`` sequences beside ``decoding`` ones."""
-        idle = not decoding
-        budget = self.prefill_chunk * IDLE_FACTOR if idle else self.prefill_chunk
-        if self._seconds_per_token:
-            longest = LONGEST_SLICE_S
-            if not idle and self._step_seconds:
-                share = SLICE_PER_STEP * (1 + reading / decoding)
-                longest = min(longest, max(share * self._step_seconds, SHORTEST_SLICE_S))
-            budget = min(budget, int(longest / self._seconds_per_token))
-        return min(max(budget, SMALLEST_CHUNK if idle else SMALLEST_EXTRA), self.ceiling.tokens)
+        slices = [item.tokens for item in batch if item.tokens > 1]
+        self.pace.note(len(batch) - len(slices), sum(slices), seconds)
 
     def never_fits(self, job: GenerateJob | EmbedJob) -> str | None:
         """Return why the job could not be served even alone, or None."""
@@ -121,7 +83,7 @@ class Scheduler:
         batch = self._schedule_decodes()
         self._admit()
         reading = [s for s in self.running if s.pending > 1 or (s.pending == 1 and s.fresh)]
-        budget = self._slice_budget(len(reading), len(batch))
+        budget = min(self.pace.budget(len(reading), len(batch)), self.ceiling.tokens)
         smallest = SMALLEST_EXTRA if batch else SMALLEST_CHUNK
         for left, sequence in zip(range(len(reading), 0, -1), reading, strict=True):
             # Equal shares: a short prompt is not stuck behind a long one.
@@ -221,7 +183,3 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.release_blocks(self.pool)
         sequence.state = State.FINISHED
-
-
-def _learned(known: float, measured: float) -> float:
-    return known + LEARNING_RATE * (measured - known) if known else measured
