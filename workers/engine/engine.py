@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 
 import torch
 from llguidance import LLMatcher
@@ -152,8 +153,9 @@ class Engine:
         if order.choice is not None and isinstance(request.job, GenerateJob) and request.job.beams:
             # No beam belongs to one choice.
             return
+        alone = isinstance(request.job, EmbedJob) or request.job.n == 1
         for sequence in list(request.sequences):
-            if order.choice is None or (sequence.choice == order.choice and sequence.forked):
+            if order.choice is None or (sequence.choice == order.choice and (sequence.forked or alone)):
                 self._drop(request, sequence)
             elif not sequence.forked:
                 request.unwanted.add(order.choice)
@@ -190,15 +192,17 @@ class Engine:
         request = self._requests.get(sequence.job.id)
         return [] if request is None else [self._failed(request, error)]
 
-    def _fail_without_numbers(self, request: Request) -> Failed:
-        """End a request whose logits are no numbers; its keys and values are not, either, and blocks go round."""
+    def _fail_without_numbers(self, request: Request, message: str) -> Failed:
+        """End a request whose results are no numbers; its keys and values are not, either, and blocks go round."""
         pool = self.scheduler.pool
-        blocks = {b for s in request.sequences for b in s.blocks if not pool.is_shared(b)}
+        held = Counter(block for sequence in request.sequences for block in sequence.blocks)
+        # What another request holds, too, is its own affair: if its numbers are none, it ends like this one.
+        blocks = sorted(block for block, times in held.items() if pool.references(block) == times)
         for block in blocks:
             pool.forget(block)
         if blocks:
-            self.model_step.cache.clear(sorted(blocks))
-        return self._fail(request, Failed(id=request.job.id, kind="internal", message=NO_PROBABILITIES))
+            self.model_step.cache.clear(blocks)
+        return self._fail(request, Failed(id=request.job.id, kind="internal", message=message))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +327,7 @@ class Engine:
             if request is None:
                 continue
             if token < 0:
-                reports.append(self._fail_without_numbers(request))
+                reports.append(self._fail_without_numbers(request, NO_PROBABILITIES))
                 continue
             try:
                 reports.append(self._accept(request, sequence, token, logprobs))
@@ -349,7 +353,7 @@ class Engine:
         live = [sequence for _, sequence in beams]
         try:
             if bool((result.best[rows] < 0).any()):
-                outcome.reports.append(self._fail_without_numbers(request))
+                outcome.reports.append(self._fail_without_numbers(request, NO_PROBABILITIES))
                 return
             own = torch.log_softmax(result.logits[rows], dim=-1)
             processed = own.clone()
@@ -421,7 +425,7 @@ class Engine:
         mean = total / sequence.length
         norm = float(mean.norm())
         if not math.isfinite(norm) or norm == 0.0:
-            return [self._fail(request, Failed(id=request.job.id, kind="internal", message=NO_EMBEDDING))]
+            return [self._fail_without_numbers(request, NO_EMBEDDING)]
         vector = (mean / norm).cpu().numpy().astype("<f4").tobytes()
         self._drop(request, sequence)
         return [Embedded(id=sequence.job.id, vector=vector)]

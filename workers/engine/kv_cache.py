@@ -58,6 +58,10 @@ class BlockPool:
         """Add a reference."""
         self._references[block] += 1
 
+    def references(self, block: int) -> int:
+        """Return how many holders the block has."""
+        return self._references[block]
+
     def is_shared(self, block: int) -> bool:
         return self._references[block] > 1
 

@@ -133,6 +133,9 @@ class Sequence:
         """Note that ``tokens`` more tokens are computed; blocks that are full now can be found by others."""
         before = self.computed // pool.block_size
         self.computed += tokens
+        if self.is_embedding:
+            # Nobody takes them up: they would only displace prompts that somebody may send again.
+            return
         for index in range(before, self.computed // pool.block_size):
             pool.register(self.blocks[index], self._hash(index, pool.block_size))
 

@@ -11,7 +11,7 @@ from workers.engine.errors import LoadError, StickyDeviceError
 from workers.engine.flat_batch import Computed, FlatBatch, likeliest
 from workers.engine.kv_cache import BlockPool
 from workers.engine.scheduler import Scheduled, Scheduler
-from workers.messages import BeamParams, Cancel, EmbedJob, Failed, GenerateJob, Output, SamplingParams
+from workers.messages import BeamParams, Cancel, EmbedJob, Failed, GenerateJob, Output, SamplingParams, Started
 
 WARM = SamplingParams(temperature=1.0, seed=11)
 MIXED = [
@@ -113,6 +113,9 @@ def test_a_choice_can_be_cancelled_before_its_prompt_is_read(engine: Engine) -> 
     engine.submit(Cancel(id="y", choice=0))
     engine.submit(Cancel(id="y", choice=1))
     assert not outputs(drain(engine), "y")
+    engine.submit(job("z", prompts(1)[0], 8))
+    engine.submit(Cancel(id="z", choice=0))
+    assert not engine.has_work
     assert engine.scheduler.pool.used == 0
 
 
@@ -128,7 +131,7 @@ def test_slices_of_a_prompt_get_shorter_where_the_machine_is_slow(engine: Engine
 
 
 def test_slices_of_a_prompt_get_shorter_while_others_wait_for_their_next_token(engine: Engine) -> None:
-    engine.scheduler.prefill_chunk = 128
+    engine.scheduler = Scheduler(engine.scheduler.pool, 32, 128)
     engine.submit(job("runs", [40, 41], 60, sampling=SamplingParams(temperature=0, logit_bias={EOS: -100.0})))
     engine.step()
     (decode,) = engine.scheduler.schedule()
@@ -181,27 +184,48 @@ def test_a_request_with_invalid_logits_ends_alone(engine: Engine) -> None:
     assert ids_of(reports, "good") == expected
 
 
-def test_numbers_that_are_none_do_not_outlive_their_request_in_the_cache(engine: Engine) -> None:
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"n": 2}, {"beams": BeamParams(num_beams=2)}, None])
+def test_numbers_that_are_none_do_not_outlive_their_request_in_the_cache(
+    engine: Engine, options: dict[str, Any] | None, after: int
+) -> None:
     compute = engine.model_step.compute
     cache = engine.model_step.cache
     bad, good = prompts(2, 40, 40)
+    never = SamplingParams(temperature=0, logit_bias={EOS: -100.0})
+    culprit = EmbedJob(id="bad", prompt=bad) if options is None else job("bad", bad, 8, sampling=never, **options)
 
     @torch.inference_mode()
     def poisoned(batch: FlatBatch) -> Computed:
         result = compute(batch)
-        for n, row in batch.next_places:
-            if batch.items[n].sequence.job.id == "bad":
+        places = dict(batch.next_places)
+        for n, item in enumerate(batch.items):
+            if item.sequence.job.id == "bad" and (item.sequence.output_length >= after or item.sequence.is_embedding):
                 for storage in (*cache.keys, *cache.values):
-                    storage[batch.items[n].sequence.blocks] = float("nan")
-                result.logits[row] = float("nan")
+                    storage[item.sequence.blocks] = float("nan")
+                if n in places:
+                    result.logits[places[n]] = float("nan")
+                if result.hidden is not None:
+                    result.hidden[:] = float("nan")
         return Computed(result.logits, likeliest(result.logits), result.hidden)
 
     expected = [ids_of(drain(engine, [job("x", p, sampling=WARM)]), "x") for p in (good, bad)]
     engine.scheduler.pool = BlockPool(engine.scheduler.pool.count, engine.scheduler.pool.block_size)
     engine.model_step.compute = poisoned  # type: ignore[method-assign]
-    assert any(isinstance(r, Failed) for r in drain(engine, [job("bad", bad, sampling=WARM)]))
+    assert any(isinstance(r, Failed) for r in drain(engine, [culprit]))
+    assert not any(storage.isnan().any() for storage in (*cache.keys, *cache.values))
     # The same blocks again; and the prompt that failed is not found as a prefix.
     assert [ids_of(drain(engine, [job("x", p, sampling=WARM)]), "x") for p in (good, bad)] == expected
+
+
+def test_embeddings_leave_the_cached_prompts_of_others_alone(engine: Engine) -> None:
+    engine.scheduler.pool = BlockPool(8, engine.scheduler.pool.block_size)
+    asked = prompts(1, 40, 40)[0]
+    drain(engine, [job("x", asked, 2)])
+    for seed in range(3):
+        drain(engine, [EmbedJob(id="e", prompt=prompts(1, 64, 64, seed=seed)[0])])
+    started = [r for r in drain(engine, [job("y", asked, 2)]) if isinstance(r, Started)]
+    assert [r.cached_tokens for r in started] == [32]
 
 
 def test_a_request_that_makes_the_model_raise_ends_alone(engine: Engine) -> None:
