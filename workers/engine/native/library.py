@@ -4,8 +4,10 @@ The library is kept in the cache directory under a name made of everything that 
 compiler, the flags and the processor.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -110,25 +112,36 @@ class Batch(ctypes.Structure):
     )
 
 
+def find_compiler() -> str | None:
+    """Return the path of a C compiler, or None."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
 def load(cache_dir: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     """Return the library, compiled now (some seconds) or at an earlier start.
 
     Raises `NoNativeStep` when there is no compiler or it fails.
     """
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise NoNativeStep(f"no C compiler ({', '.join(COMPILERS)}) is installed")
     try:
         target = cache_dir / f"native-{_fingerprint(compiler, flags)}.so"
     except (OSError, subprocess.SubprocessError) as error:
         raise NoNativeStep(f"{compiler} cannot be run: {error}") from error
-    if not target.exists():
-        _compile(compiler, flags, target)
+    if target.exists():
+        # Damaged, by a full disk or a lost machine: it is made anew.
+        with contextlib.suppress(NoNativeStep):
+            return _opened(target)
+    _compile(compiler, flags, target)
+    return _opened(target)
+
+
+def _opened(path: Path) -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(target))
-    except OSError as error:
-        raise NoNativeStep(f"{target} cannot be loaded: {error}") from error
-    return _declared(library)
+        return _declared(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise NoNativeStep(f"{path} cannot be loaded: {error}") from error
 
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
@@ -165,6 +178,8 @@ def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
             )
             if result.returncode:
                 raise NoNativeStep(f"{compiler} failed: {_errors(result.stderr)}")
+            with partial.open("rb") as compiled:
+                os.fsync(compiled.fileno())
             partial.replace(target)
     except (OSError, subprocess.SubprocessError) as error:
         raise NoNativeStep(f"cannot compile into {target.parent}: {error}") from error

@@ -71,15 +71,21 @@ def unsupported(model: Any, layers: Layers) -> str | None:
     rope = getattr(rotary, "rope_type", "default")
     if "dynamic" in rope or rope == "longrope" or 2 * len(rotary.inv_freq) != shape.key_dim:
         return f"rotary embeddings of type {rope}"
-    first = model.model.layers[0]
-    attention = [getattr(first.self_attn, name) for name in ATTENTION_PROJECTIONS]
-    others = [first.self_attn.o_proj, first.mlp.gate_proj, first.mlp.up_proj, first.mlp.down_proj]
+    decoder = model.model.layers
+    attention = [getattr(layer.self_attn, name) for layer in decoder for name in ATTENTION_PROJECTIONS]
+    others = [
+        module
+        for layer in decoder
+        for module in (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+    ]
     if any(type(plain(module)) is not torch.nn.Linear for module in (*attention, *others, model.lm_head)):
         return "projections that are more than a matrix"
     if any(plain(module).bias is not None for module in (*others, model.lm_head)):
         return "biases of other projections than query, key and value"
     if type(model.get_input_embeddings()) is not torch.nn.Embedding or isinstance(model.lm_head, SharedLora):
         return "adapters of the embeddings"
+    if model.lm_head.weight.shape != model.get_input_embeddings().weight.shape:
+        return "an output head of another size than the embedding"
     return None
 
 

@@ -134,14 +134,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         library.load(tmp_path / "file" / "cache", FLAGS)
 
 
-def test_a_damaged_library_is_named(cache: Path, tmp_path: Path) -> None:
-    library.load(cache, FLAGS)
-    (target,) = libraries(cache)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / target.name).write_bytes(b"\x7fELF and no more")
-    with pytest.raises(NoNativeStep, match=rf"{target.name} cannot be loaded"):
-        library.load(other, FLAGS)
+def test_a_library_that_cannot_be_loaded_when_it_is_new_either_is_named(cache: Path, programs: Path) -> None:
+    compiler_in(programs, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
+    with pytest.raises(NoNativeStep, match=r"native-\w+.so cannot be loaded"):
+        library.load(cache, FLAGS)
 
 
 def test_two_processes_may_compile_at_once(cache: Path, programs: Path, sources: Path, tmp_path: Path) -> None:
@@ -181,3 +177,18 @@ def test_structures_are_as_large_as_in_c(tmp_path: Path, monkeypatch: pytest.Mon
     sizes = ctypes.CDLL(str(tmp_path / "sizes.so"))
     for name in names:
         assert ctypes.sizeof(getattr(library, name)) == getattr(sizes, f"size_{name}")(), name
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF and nothing more", None])
+def test_a_damaged_library_is_made_anew(cache: Path, sources: Path, content: bytes | None) -> None:
+    library.load(cache, FLAGS)
+    (target,) = libraries(cache)
+    if content is None:
+        # One that can be loaded, but has not the functions.
+        (sources.parent / "other.c").write_text("int other(void) { return 1; }")
+        subprocess.run(["cc", *FLAGS, str(sources.parent / "other.c"), "-o", str(target)], check=True)
+    else:
+        target.unlink()
+        target.write_bytes(content)
+    assert library.load(cache, FLAGS).tr_step(None, None) == 42
+    assert libraries(cache) == [target]
