@@ -146,7 +146,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
     cpu_threads: int = _setting(
-        0, "Hardware", "threads of a model worker on the CPU; 0 = all cores", unit="threads", ge=0, le=4096
+        0,
+        "Hardware",
+        "threads of a model worker on the CPU; 0 = all that mask and quota allow",
+        unit="threads",
+        ge=0,
+        le=4096,
     )
     cpu_kernels: Literal["auto", "compiled", "torch"] = _setting(
         "auto",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,6 +31,8 @@ from workers.config import WorkerConfig
 from workers.engine import gguf_codes
 from workers.engine.errors import LoadError
 from workers.engine.lora import ActiveAdapters, install
+from workers.engine.native import library
+from workers.engine.native.step import FAMILIES
 from workers.engine.native.weights import Codes
 
 log = logs.logger(__name__)
@@ -42,6 +45,7 @@ CODES_NAME = "codes.st"
 # To be changed with what an unpacked model consists of.
 UNPACKED_FORM = 2
 SEED_OF_NEW_ROWS = 0
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ def load(config: WorkerConfig, progress: Progress) -> LoadedModel:
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"no usable CUDA device for --gpus {config.visible_devices}")
-    dtype = choose_dtype(config.dtype, device)
     progress(0.05, "reading the tokenizer")
     own_format = _wants_own_format(config, device)
     base, options = _source(config, progress)
     model: Any
+    with _readable_errors(config.base_model):
+        compiled = device.type == "cpu" and _for_compiled_kernels(config, base, options)
+    dtype = choose_dtype(config.dtype, device, compiled=compiled)
     with _readable_errors(config.base_model), _weights_progress(progress, 0.2, 0.8, "loading weights"):
         tokenizer = _load_tokenizer(config, base, options)
         progress(0.2, "loading weights")
@@ -142,18 +148,28 @@ def _growing(progress: Progress) -> Progress:
     return report
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights: "auto" is bfloat16 where the hardware multiplies it, float32 or float16
-    elsewhere.
+def choose_dtype(name: str, device: torch.device, *, compiled: bool) -> torch.dtype:
+    """Return the dtype of the weights.
+
+    "auto" is bfloat16 on the CPU for the ``compiled`` kernels, which widen it where the hardware does not multiply it:
+    half the memory to read. torch's own code needs the hardware for that, and takes float32 without. On a GPU, float16
+    stands in where there is no bfloat16.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in text or "amx_bf16" in text else torch.float32
+    text = PROCESSORS.read_text() if PROCESSORS.exists() else ""
+    return torch.bfloat16 if compiled or "avx512_bf16" in text or "amx_bf16" in text else torch.float32
+
+
+def _for_compiled_kernels(config: WorkerConfig, base: str, options: dict[str, Any]) -> bool:
+    """Whether the model is one that the compiled CPU kernels will most likely compute, told from its configuration."""
+    if config.cpu_kernels == "torch" or config.quantization or library.find_compiler() is None:
+        return False
+    families = AutoConfig.from_pretrained(base, trust_remote_code=False, **options).architectures or []
+    return any(family in FAMILIES for family in families)
 
 
 def _source(config: WorkerConfig, progress: Progress) -> tuple[str, dict[str, Any]]:

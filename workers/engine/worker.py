@@ -14,6 +14,7 @@ from llguidance import LLMatcher
 
 from config import logs
 from workers.config import WorkerConfig
+from workers.engine import processors
 from workers.engine.build import build
 from workers.engine.card import publish, stop_token_ids
 from workers.engine.engine import Engine
@@ -46,7 +47,7 @@ Inbox = queue.SimpleQueue[Order | Compiled | None]
 
 def run(config: WorkerConfig, inbox: Inbox, emit: Emit) -> None:
     """Load the model and serve orders from ``inbox`` until None arrives; ``emit`` must not block."""
-    torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.cpu_threads or processors.usable())
     try:
         loaded = load(config, lambda progress, stage: emit([Loading(progress=progress, stage=stage)]))
         emit([Loading(progress=0.9, stage="checking the model")])

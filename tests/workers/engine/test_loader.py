@@ -26,10 +26,11 @@ from tests.workers.engine.tiny import (
     tiny_tokenizer,
 )
 from workers.config import WorkerConfig
+from workers.engine import loader
 from workers.engine.build import build
 from workers.engine.card import publish
 from workers.engine.errors import LoadError
-from workers.engine.loader import load
+from workers.engine.loader import choose_dtype, load
 from workers.engine.native.step import NativeStep
 from workers.engine.worker import run
 from workers.messages import Embedded, Fatal, GenerateJob, Loading, ModelCard, Output, Ready, SamplingParams, Stats
@@ -304,3 +305,32 @@ def test_every_family_is_loaded_and_served_as_generate_would(family: str, tmp_pa
     assert (
         greedy(load(settings, silent), prompts(1)[0], settings) == reference(tiny_model(family), prompts(1)[0], 12)[0]
     )
+
+
+@pytest.mark.parametrize(("flags", "torchs_own"), [("avx2", torch.float32), ("avx2 avx512_bf16", torch.bfloat16)])
+def test_compiled_kernels_take_bfloat16_on_any_cpu_and_torch_where_the_hardware_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, torchs_own: torch.dtype
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(loader, "PROCESSORS", tmp_path / "cpuinfo")
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu, compiled=True) == torch.bfloat16
+    assert choose_dtype("auto", cpu, compiled=False) == torchs_own
+    assert choose_dtype("float32", cpu, compiled=True) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {}, torch.bfloat16),
+        ("llama", {"cpu_kernels": "torch"}, torch.float32),
+        ("gpt-neox", {}, torch.float32),
+    ],
+)
+def test_a_cpu_without_bfloat16_serves_it_where_the_compiled_kernels_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(loader, "PROCESSORS", tmp_path / "none")
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    assert load(config(tmp_path, dtype="auto", **changes), silent).dtype == expected
