@@ -73,9 +73,16 @@ def start(directory: Path) -> Iterator[Callable[..., Platform]]:
 
 
 def gated(platform: Platform) -> HttpStream:
-    stream = platform.stream(GATED, 12)
-    stream.read(5)
-    return stream
+    """A stream that waits for its gate. Each HTTP worker hears for itself that the pool is ready: one may be late."""
+    tried: list[HttpStream] = []
+
+    def begun() -> bool:
+        tried.append(platform.stream(GATED, 12))
+        return tried[-1].response.status == 200
+
+    wait_until(begun, "an HTTP worker that knows of the pool")
+    tried[-1].read(5)
+    return tried[-1]
 
 
 def assert_whole(stream: HttpStream) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers.engine.native.products import PROCESSORS, processor_of_steps
+from tests.workers.engine.native.products import PROCESSORS, kernels, processor_of_steps
 from tests.workers.engine.native.rig import FORMATS, NAMES, Driver, native_step, odd_model, random_ids, shared_model
 
 ROOT = Path(__file__).parents[4]
@@ -43,8 +43,10 @@ def test_rounded_logits_are_close(processor: str, form: str) -> None:
         got = Driver(step).alone(ids, [60, 1, 39])
     error = (got - expected).square().mean(dim=-1).sqrt() / expected.std()
     assert error.max() < 0.02
-    if processor != "bfloat16" and form != "bfloat16":
+    alike = kernels().test_rounds_to_bf16() == kernels(processor).test_rounds_to_bf16()
+    if form != "bfloat16" and alike:
         # Whole numbers are added up between the roundings: before the first that falls on the other side all is equal.
+        # But for the matrix whose rows are no groups: bfloat16 here, which some processors round their inputs for.
         assert error[0] < 1e-4
 
 
