@@ -415,8 +415,11 @@ class Engine:
         return certain_outputs(request, [_beam_output(s) for s in following])
 
     def _embed(self, sequence: Sequence, hidden: torch.Tensor) -> list[Report]:
-        """Add a chunk's hidden states ``[tokens, hidden_size]``; at the prompt's end return their normalised mean."""
-        part = hidden.float().sum(dim=0)
+        """Add a chunk's hidden states ``[tokens, hidden_size]``; at the prompt's end return their normalised mean.
+
+        In float64, whose roundings are lost in the float32 result: how the prompt was sliced must not show.
+        """
+        part = hidden.double().sum(dim=0)
         total = part if sequence.hidden_sum is None else sequence.hidden_sum + part
         if sequence.pending:
             sequence.hidden_sum = total

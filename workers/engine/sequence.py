@@ -49,7 +49,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.prompt_scored = not (isinstance(job, GenerateJob) and job.prompt_logprobs is not None)
-        # Sum of the last hidden states so far, for an embedding job only: float32 [hidden_size].
+        # Sum of the last hidden states so far, for an embedding job only: float64 [hidden_size].
         self.hidden_sum: torch.Tensor | None = None
 
         self.is_embedding = isinstance(job, EmbedJob)

@@ -11,7 +11,17 @@ from workers.engine.errors import LoadError, StickyDeviceError
 from workers.engine.flat_batch import Computed, FlatBatch, likeliest
 from workers.engine.kv_cache import BlockPool
 from workers.engine.scheduler import Scheduled, Scheduler
-from workers.messages import BeamParams, Cancel, EmbedJob, Failed, GenerateJob, Output, SamplingParams, Started
+from workers.messages import (
+    BeamParams,
+    Cancel,
+    Embedded,
+    EmbedJob,
+    Failed,
+    GenerateJob,
+    Output,
+    SamplingParams,
+    Started,
+)
 
 WARM = SamplingParams(temperature=1.0, seed=11)
 MIXED = [
@@ -216,6 +226,17 @@ def test_numbers_that_are_none_do_not_outlive_their_request_in_the_cache(
     assert not any(storage.isnan().any() for storage in (*cache.keys, *cache.values))
     # The same blocks again; and the prompt that failed is not found as a prefix.
     assert [ids_of(drain(engine, [job("x", p, sampling=WARM)]), "x") for p in (good, bad)] == expected
+
+
+def test_an_embedding_does_not_show_how_its_prompt_was_sliced() -> None:
+    vectors = set()
+    for size in (4, 7, 16, 200):
+        engine = tiny_engine(tiny_model(), cpu_kernels="compiled")
+        engine.scheduler.ceiling.tokens = size
+        reports = drain(engine, [EmbedJob(id="e", prompt=prompts(1, 150, 150)[0])])
+        (report,) = [report for report in reports if isinstance(report, Embedded)]
+        vectors.add(report.vector)
+    assert len(vectors) == 1
 
 
 def test_embeddings_leave_the_cached_prompts_of_others_alone(engine: Engine) -> None:
