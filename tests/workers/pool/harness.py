@@ -173,10 +173,11 @@ class Connection:
         self.wait(lambda: len(self.tokens(wanted, choice)) >= count, f"{count} tokens of {wanted.id}")
 
     def wait_answer(self, *jobs: GenerateJob) -> None:
-        """Wait until each job has ended, well or badly."""
+        """Wait until each job has ended, well or badly; there may be some lives of a worker, and trials, in between."""
         self.wait(
             lambda: all(self.failure(each) or len(self.finish_reasons(each)) == each.n for each in jobs),
             f"the end of {[each.id for each in jobs]}",
+            3 * PATIENCE,
         )
 
     def close(self) -> None:
