@@ -173,7 +173,8 @@ class Kept(Message, frozen=True):
     """The pool's answer to `Keep` and `Attach`; ``id`` is theirs (the alias of an `Attach`).
 
     ``request`` is the kept request: the one just founded (the same id), the one that has the key already, or "" if
-    there is none to be found, or no room to keep another. ``digest`` and ``note`` are those it was founded with.
+    there is none to be found, or no room to keep another. ``digest`` and ``note`` are those it was founded with; who
+    has just founded it is told neither, and ``note`` is for who reads it (`Attach`).
     """
 
     id: str

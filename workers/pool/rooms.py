@@ -21,9 +21,17 @@ MAX_ROOMS = 1024
 MAX_BYTES = 256 * 1024 * 1024
 # Of one of them. A reader far behind has all of it waiting on the text side.
 MAX_ROOM_BYTES = 64 * 1024 * 1024
-# What a reader that begins late is given in one turn of the pool's loop, and how much of it may wait to be written.
+# The text side keeps the whole request in its note. What is larger is answered once.
+MAX_NOTE_BYTES = 2 * 1024 * 1024
+# What one of those who are behind is given in one turn of the pool's loop: one on each connection, for all that a turn
+# has for a connection is one frame.
 EVENTS_AT_A_TIME = 512
+# Who has so much waiting, in bytes to be written and in events of this turn, is not given any more: readers fall behind
+# and are told the rest later.
 MAX_PENDING_BYTES = 1024 * 1024
+MAX_PENDING_EVENTS = 4096
+# An event of so many bytes is not told to all readers in the same turn.
+LARGE_EVENT_BYTES = 64 * 1024
 
 # About what an event takes in this process, and each log-probability in it.
 _EVENT_BYTES = 320
@@ -31,9 +39,12 @@ _SCORE_BYTES = 120
 
 
 class Reader(Protocol):
-    """The connection of somebody who reads. ``pending`` are bytes that wait to be written to it."""
+    """The connection of somebody who reads. ``pending`` are bytes that wait to be written to it, ``events`` those that
+    were posted in this turn.
+    """
 
     pending: bytearray
+    events: list[Event]
 
     def post(self, event: Event) -> None: ...
 
@@ -45,10 +56,18 @@ class Jobs(Protocol):
     def client_gone(self, client: "Room") -> None: ...
 
 
-class Reading:
-    """Somebody reads ``room`` on ``connection``, where its events have ``alias`` in place of the request's id."""
+def _is_full(connection: Reader) -> bool:
+    """Whether so much waits for it that the rest should wait here."""
+    return len(connection.pending) >= MAX_PENDING_BYTES or len(connection.events) >= MAX_PENDING_EVENTS
 
-    __slots__ = ("alias", "at", "behind", "connection", "room")
+
+class Reading:
+    """Somebody reads ``room`` on ``connection``, where its events have ``alias`` in place of the request's id.
+
+    ``greeted``: whether it has been told what it reads, before which there is nothing to be read.
+    """
+
+    __slots__ = ("alias", "at", "behind", "connection", "greeted", "room")
 
     def __init__(self, room: "Room", connection: Reader, alias: str) -> None:
         self.room = room
@@ -57,6 +76,12 @@ class Reading:
         # How many events of the log it has, as long as it has not caught up.
         self.at = 0
         self.behind = False
+        self.greeted = True
+
+    @property
+    def is_founders(self) -> bool:
+        """Whether it is that of who asked: it is told everything at once, as by requests that are not kept."""
+        return self.alias == self.room.id
 
     def tell(self, event: Event) -> None:
         """Send an event under the reader's name for it."""
@@ -67,12 +92,20 @@ class Reading:
 
     def catch_up(self) -> bool:
         """Send the next part of what it has missed; return whether it has everything now."""
-        if len(self.connection.pending) < MAX_PENDING_BYTES:
-            part = self.room.log[self.at : self.at + EVENTS_AT_A_TIME]
-            for event in part:
-                self.tell(event)
-            self.at += len(part)
-            self.behind = self.at < len(self.room.log)
+        room = self.room
+        if not self.greeted:
+            # In a turn of its own: it may be large.
+            self.greeted = True
+            self.connection.post(Kept(id=self.alias, request=room.id, digest=room.digest, note=room.note))
+            return False
+        part = room.log[self.at : self.at + EVENTS_AT_A_TIME]
+        large = next((place for place, event in enumerate(part) if _size(event) >= LARGE_EVENT_BYTES), None)
+        if large is not None:
+            part = part[: large + 1]
+        for event in part:
+            self.tell(event)
+        self.at += len(part)
+        self.behind = self.at < len(room.log)
         return not self.behind
 
 
@@ -82,8 +115,9 @@ class Room:
     ``lonely_since``: when its last reader left; ``ended_at``: when its last job ended; None as long as that is not so.
     """
 
-    def __init__(self, keep: Keep, found_by: Reader) -> None:
+    def __init__(self, keep: Keep, found_by: Reader, fell_behind: Callable[[Reading], None]) -> None:
         self.id = keep.id
+        self._fell_behind = fell_behind
         self.owner = keep.owner
         self.key = keep.key
         self.digest = keep.digest
@@ -105,41 +139,65 @@ class Room:
 
     def post(self, event: Event) -> None:
         """Write an event down, and pass it on to those who have all that came before it."""
+        size = 0
         if type(event) is not Queued:
-            self._write_down(event)
-        for reading in self.readings:
-            if not reading.behind:
+            size = self._write_down(event)
+        for reading in list(self.readings):
+            if reading.behind:
+                continue
+            if reading.is_founders or not (size >= LARGE_EVENT_BYTES or _is_full(reading.connection)):
                 reading.tell(event)
+            elif self.overflown:
+                self._send_away(reading)
+            elif size:
+                reading.behind = True
+                reading.at = len(self.log) - 1
+                self._fell_behind(reading)
 
-    def _write_down(self, event: Event) -> None:
+    def _write_down(self, event: Event) -> int:
+        """Return what the event takes, about, in bytes."""
         if type(event) is Failed:
             self.failed = True
-        if self.overflown:
-            return
-        self.log.append(event)
-        size = _EVENT_BYTES
-        if isinstance(event, Output | PromptLogprobs):
-            if event.logprobs:
-                size += _SCORE_BYTES * sum(1 + len(scores.top) for scores in event.logprobs)
-        elif isinstance(event, Embedded):
-            size += len(event.vector)
-        self.bytes += size
-        if self.bytes > MAX_ROOM_BYTES:
-            self._overflow()
+        size = _size(event)
+        if not self.overflown:
+            self.log.append(event)
+            self.bytes += size
+            if self.bytes > MAX_ROOM_BYTES:
+                self._overflow()
+        return size
 
     def _overflow(self) -> None:
         """Too much to keep: those who have all of it read on, and nobody can begin any more."""
         self.overflown = True
         self.log.clear()
+        self.note = b""
         self.bytes = 0
         for reading in [reading for reading in self.readings if reading.behind]:
-            reading.behind = False
+            self._send_away(reading)
+
+    def _send_away(self, reading: Reading) -> None:
+        """What it has not read is not here any more."""
+        reading.behind = False
+        if reading.greeted:
             reading.tell(Failed(id=self.id, kind="internal", message="The answer is too long to be read again."))
-            self.readings.remove(reading)
+        else:
+            reading.connection.post(Kept(id=reading.alias, request=""))
+        self.readings.remove(reading)
 
     def find(self, connection: Reader, alias: str) -> Reading | None:
         """Return who reads under this name, or None."""
         return next((each for each in self.readings if each.alias == alias and each.connection is connection), None)
+
+
+def _size(event: Event) -> int:
+    """About what the event takes, in bytes."""
+    size = _EVENT_BYTES
+    if isinstance(event, Output | PromptLogprobs):
+        if event.logprobs:
+            size += _SCORE_BYTES * sum(1 + len(scores.top) for scores in event.logprobs)
+    elif isinstance(event, Embedded):
+        size += len(event.vector)
+    return size
 
 
 class Rooms:
@@ -169,15 +227,16 @@ class Rooms:
         if known is not None and (known.failed or known.overflown):
             self._settle(known)
         elif known is not None:
-            return Kept(id=keep.id, request=known.id, digest=known.digest, note=known.note)
-        if self._window_s <= 0 or keep.id in self._rooms or not self._make_place():
+            return Kept(id=keep.id, request=known.id, digest=known.digest)
+        too_large = len(keep.note) > MAX_NOTE_BYTES
+        if self._window_s <= 0 or too_large or keep.id in self._rooms or not self._make_place():
             return Kept(id=keep.id, request="")
-        room = Room(keep, client)
+        room = Room(keep, client, lambda reading: self._behind.append(reading))
         self._rooms[room.id] = room
         if room.key:
             self._keys[room.owner, room.key] = room
         self._readings.setdefault(client, {})[room.id] = room.readings[0]
-        return Kept(id=keep.id, request=room.id, digest=room.digest, note=room.note)
+        return Kept(id=keep.id, request=room.id)
 
     def attach(self, client: Reader, attach: Attach) -> None:
         """Let ``client`` read a room from its first event on; one of another owner is none."""
@@ -186,9 +245,8 @@ class Rooms:
         if room is None or room.owner != attach.owner or room.overflown or taken:
             client.post(Kept(id=attach.alias, request=""))
             return
-        client.post(Kept(id=attach.alias, request=room.id, digest=room.digest, note=room.note))
         reading = Reading(room, client, attach.alias)
-        reading.behind = True
+        reading.behind, reading.greeted = True, False
         room.readings.append(reading)
         room.lonely_since = None
         self._readings.setdefault(client, {})[attach.alias] = reading
@@ -233,12 +291,25 @@ class Rooms:
     @property
     def busy(self) -> bool:
         """Whether somebody who reads has not caught up and could be given more."""
-        return any(len(reading.connection.pending) < MAX_PENDING_BYTES for reading in self._behind)
+        return any(not _is_full(reading.connection) for reading in self._behind)
 
     def pump(self) -> None:
-        """Give those who began late more of what they have missed."""
-        if self._behind:
-            self._behind = [reading for reading in self._behind if reading.behind and not self._catch_up(reading)]
+        """Give those who are behind more of what they have missed: one on each connection, who is the last then."""
+        if not self._behind:
+            return
+        served: set[Reader] = set()
+        waiting: list[Reading] = []
+        go_on: list[Reading] = []
+        for reading in self._behind:
+            if not reading.behind:
+                continue
+            if reading.connection in served or _is_full(reading.connection):
+                waiting.append(reading)
+            else:
+                served.add(reading.connection)
+                if not self._catch_up(reading):
+                    go_on.append(reading)
+        self._behind = waiting + go_on
 
     def _catch_up(self, reading: Reading) -> bool:
         done = reading.catch_up()

@@ -74,6 +74,7 @@ class Bench:
 
     def attach(self, reader: Connection, request: str = "r", alias: str = "a", owner: str = "ann") -> Kept:
         self.rooms.attach(reader, Attach(alias=alias, request=request, owner=owner))
+        self.rooms.pump()
         (kept,) = reader.take()
         assert isinstance(kept, Kept)
         return kept
@@ -255,7 +256,8 @@ def test_nobody_else_finds_it(bench: Bench) -> None:
 def test_a_key_leads_to_the_request_that_has_it(bench: Bench) -> None:
     first = bench.found(Connection(), key="k", digest=b"1", note=b"note")
     again = bench.rooms.keep(Connection(), Keep(id="s", owner="ann", key="k", digest=b"2"))
-    assert again == Kept(id="s", request="r", digest=b"1", note=b"note")
+    assert again == Kept(id="s", request="r", digest=b"1")
+    assert bench.attach(Connection()) == Kept(id="a", request="r", digest=b"1", note=b"note")
     assert len(bench.rooms) == 1
     finish(first)
     bench.later(0)
@@ -377,7 +379,7 @@ def test_what_grows_too_large_is_read_on_but_not_again(
     assert isinstance(behind.take()[-1], Failed)
     say(room, 1)
     assert len(founder.take()) == 1
-    assert room.log == []
+    assert (room.log, room.note, room.bytes) == ([], b"", 0)
     assert bench.attach(Connection()).request == ""
     assert bench.rooms.keep(Connection(), Keep(id="s", owner="ann", key="k")).request == "s"
     bench.rooms.client_gone(founder)
@@ -396,3 +398,90 @@ def test_who_is_behind_when_it_is_forgotten_still_gets_all_of_it(bench: Bench) -
     bench.rooms.pump()
     assert late.take() == renamed(said, "a")
     assert not bench.rooms.cancel(late, Cancel(id="a"))
+
+
+def test_many_who_begin_to_read_at_once_are_told_what_one_after_the_other(bench: Bench) -> None:
+    founder, here, there = Connection(), Connection(), Connection()
+    bench.found(founder, note=b"x" * 1000)
+    for connection, alias in ((here, "a"), (here, "b"), (here, "c"), (there, "d")):
+        bench.rooms.attach(connection, Attach(alias=alias, request="r", owner="ann"))
+    assert here.take() == []
+    for aliases in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert [event.id for event in here.take()] == [aliases]
+    assert [event.id for event in there.take()] == ["d"]
+    bench.rooms.pump()
+    bench.rooms.pump()
+    bench.rooms.pump()
+    assert not bench.rooms.busy
+    assert founder.take() == []
+
+
+def test_who_has_much_to_read_is_told_nothing_yet(bench: Bench) -> None:
+    bench.found(Connection(), note=b"x")
+    late = Connection()
+    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
+    bench.rooms.pump()
+    assert late.take() == []
+    late.pending.clear()
+    bench.rooms.pump()
+    assert late.take() == [Kept(id="a", request="r", note=b"x")]
+
+
+def test_what_is_asked_for_with_very_much_is_not_kept(bench: Bench) -> None:
+    bench.found(Connection(), note=bytes(module.MAX_NOTE_BYTES))
+    assert (
+        bench.rooms.keep(Connection(), Keep(id="s", owner="ann", note=bytes(module.MAX_NOTE_BYTES + 1))).request == ""
+    )
+
+
+def test_one_who_has_not_been_told_yet_that_it_can_be_read_is_told_that_it_cannot(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ROOM_BYTES", 1000)
+    room = bench.found(Connection())
+    late = Connection()
+    bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
+    say(room, *range(10))
+    bench.rooms.pump()
+    assert late.take() == [Kept(id="a", request="")]
+
+
+def test_readers_whose_connection_has_much_to_read_fall_behind_and_miss_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PENDING_EVENTS", 5)
+    founder, late = Connection(), Connection()
+    room = bench.found(founder)
+    bench.attach(late)
+    bench.rooms.pump()
+    said = say(room, *range(20))
+    assert (len(founder.take()), len(late.events)) == (20, 5)
+    heard = late.take()
+    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    said += say(room, 20) + finish(room)
+    assert late.take() == []
+    late.pending.clear()
+    assert bench.rooms.busy
+    bench.rooms.pump()
+    assert heard + late.take() == renamed(said, "a")
+
+
+def test_a_large_event_is_told_to_one_reader_after_the_other(bench: Bench) -> None:
+    founder, readers = Connection(), Connection()
+    room = bench.found(founder)
+    for alias in ("a", "b", "c"):
+        bench.attach(readers, alias=alias)
+        bench.rooms.pump()
+    large = Output(id="r", ids=[1] * 30, logprobs=scores(30))
+    room.post(large)
+    small = say(room, 1)
+    assert founder.take() == [large, *small]
+    for alias in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert readers.take() == renamed([large], alias)
+    for alias in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert readers.take() == renamed(small, alias)
+    assert not bench.rooms.busy
