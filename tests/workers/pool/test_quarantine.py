@@ -413,3 +413,19 @@ def test_whatever_dies_hangs_or_leaves_no_token_is_lost_or_doubled_and_no_innoce
                 assert failure.cause == "poison", (seed, failure)
             assert len(world.client.of(each, Started)) <= 1
             assert len(world.client.of(each, Failed)) <= 1
+
+
+def test_who_has_passed_its_trial_is_not_blamed_for_a_death_before_it_has_left():
+    world, suspects = suspects_on_trial()
+    worker = world.workers[0]
+    ward = world.broker._wards[0]
+    while not ward.leaving:
+        worker.take_orders()
+        worker.step()
+        world.deliver(worker)
+    # It was told to make room for the next, and has not confirmed it: somebody else kills the worker.
+    world.kill(worker)
+    assert world.client.failure(suspects[0]) is None
+    world.run()
+    assert all(map(world.complete, suspects))
+    assert world.counts.poisoned == 0
