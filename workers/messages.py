@@ -118,14 +118,15 @@ class Cancel(Message, frozen=True):
 class Keep(Message, frozen=True):
     """The request ``id`` shall outlive its client: what its jobs produce is kept, and can be read again from the start.
 
-    Sent before the request's jobs, which name it as ``kept``; answered with `Kept`. ``owner`` is the tenant; others
-    cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a second `Keep` with
-    it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to make its answer
-    again: both mean nothing to the pool.
+    Sent before the request's ``jobs``, so many of them, which name it as ``kept``; answered with `Kept`. ``owner`` is
+    the tenant; others cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a
+    second `Keep` with it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to
+    make its answer again: both mean nothing to the pool.
     """
 
     id: str
     owner: str
+    jobs: int = 1
     key: str = ""
     digest: bytes = b""
     note: bytes = b""

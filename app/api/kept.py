@@ -95,7 +95,8 @@ def enter(stream: Stream, ticket: Ticket) -> tuple[Ticket, bool]:
     owner = tenant_salt()
     note = msgspec.msgpack.encode(msgspec.structs.replace(ticket, route=wish.route, body=wish.body))
     for _ in range(_TRIES):
-        kept = stream.keep(Keep(id=ticket.id, owner=owner, key=wish.key, digest=wish.digest, note=note), _PATIENCE_S)
+        keep = Keep(id=ticket.id, owner=owner, jobs=len(ticket.jobs), key=wish.key, digest=wish.digest, note=note)
+        kept = stream.keep(keep, _PATIENCE_S)
         if kept.request == ticket.id:
             g.kept = ticket.id
             jobs = [msgspec.structs.replace(job, kept=ticket.id) for job in ticket.jobs]

@@ -311,7 +311,7 @@ class ScriptedPool:
             self.rooms.attach(line, message)
         elif not isinstance(message, Cancel) or not self.rooms.cancel(line, message):
             if isinstance(message, GenerateJob) and message.kept:
-                room = self.rooms.room_of(line, message.kept)
+                room = self.rooms.room_for(line, message)
                 assert room is not None
                 room.jobs[message.id] = Entry(message, room)
                 self._rooms_of[message.id] = room

@@ -11,7 +11,19 @@ from typing import Protocol
 import msgspec
 
 from config import logs
-from workers.messages import Attach, Cancel, Embedded, Event, Failed, Keep, Kept, Output, PromptLogprobs, Queued
+from workers.messages import (
+    Attach,
+    Cancel,
+    Embedded,
+    Event,
+    Failed,
+    GenerateJob,
+    Keep,
+    Kept,
+    Output,
+    PromptLogprobs,
+    Queued,
+)
 from workers.pool.journal import Entry
 
 log = logs.logger("tailrace.pool")
@@ -32,6 +44,8 @@ MAX_PENDING_BYTES = 1024 * 1024
 MAX_PENDING_EVENTS = 4096
 # An event of so many bytes is not told to all readers in the same turn.
 LARGE_EVENT_BYTES = 64 * 1024
+
+GIVEN_UP = "The request was given up; send it again."
 
 # About what an event takes in this process, and each log-probability in it.
 _EVENT_BYTES = 320
@@ -110,7 +124,8 @@ class Reading:
 
 
 class Room:
-    """One kept request, as the broker's client: ``jobs`` are those of its jobs that live.
+    """One kept request, as the broker's client: ``jobs`` are those of its jobs that live, ``expected`` how many more
+    its founder is going to bring.
 
     ``lonely_since``: when its last reader left; ``ended_at``: when its last job ended; None as long as that is not so.
     """
@@ -123,10 +138,10 @@ class Room:
         self.digest = keep.digest
         self.note = keep.note
         self.jobs: dict[str, Entry] = {}
+        self.expected = keep.jobs
         self.log: list[Event] = []
         self.bytes = len(keep.note) + _EVENT_BYTES
         self.readings: list[Reading] = [Reading(self, found_by, keep.id)]
-        self.had_jobs = False
         self.failed = False
         self.overflown = False
         self.lonely_since: float | None = None
@@ -134,8 +149,8 @@ class Room:
 
     @property
     def ended(self) -> bool:
-        """Whether all has been said. The jobs of one request come together, so none is still to come."""
-        return self.had_jobs and not self.jobs
+        """Whether all has been said."""
+        return not self.expected and not self.jobs
 
     def post(self, event: Event) -> None:
         """Write an event down, and pass it on to those who have all that came before it."""
@@ -252,13 +267,16 @@ class Rooms:
         self._readings.setdefault(client, {})[attach.alias] = reading
         self._behind.append(reading)
 
-    def room_of(self, client: Reader, request: str) -> Room | None:
-        """Return the room that ``client`` founded for ``request``, as the one that its jobs are submitted by."""
-        reading = self._readings.get(client, {}).get(request)
-        if reading is None or reading.room.id != request:
+    def room_for(self, client: Reader, job: GenerateJob) -> Room | None:
+        """Return the room that ``client`` founded for the request that ``job`` is the next of, as who submits it.
+
+        None if there is none any more, or one of its jobs has failed: then nobody wants this one.
+        """
+        reading = self._readings.get(client, {}).get(job.kept)
+        if reading is None or not reading.is_founders or reading.room.expected <= 0:
             return None
-        reading.room.had_jobs = True
-        return reading.room
+        reading.room.expected -= 1
+        return None if reading.room.failed else reading.room
 
     def cancel(self, client: Reader, cancel: Cancel) -> bool:
         """End a reading, or a choice of the request; return False if it is none of this client's readings.
@@ -362,9 +380,9 @@ class Rooms:
         reading.behind = False
         if reading in room.readings:
             room.readings.remove(reading)
-        if not room.had_jobs:
-            # Its founder was refused, or is gone, before it had anything to ask.
-            if reading.alias == room.id:
+        if room.expected:
+            # Its founder was refused, or is gone, before it had asked everything.
+            if reading.is_founders:
                 self._forget(room)
         elif not room.readings:
             room.lonely_since = self._clock()
@@ -378,7 +396,7 @@ class Rooms:
         if self._keys.get((room.owner, room.key)) is room:
             del self._keys[room.owner, room.key]
         if not room.ended:
-            room.post(Failed(id=room.id, kind="unavailable", message="The request was given up; send it again."))
+            room.post(Failed(id=room.id, kind="unavailable", message=GIVEN_UP))
         self._broker.client_gone(room)
         for reading in room.readings:
             if not reading.behind:

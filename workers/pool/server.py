@@ -16,7 +16,9 @@ from workers.messages import (
     Attach,
     Cancel,
     ClientMessage,
+    Failed,
     GenerateJob,
+    Job,
     Keep,
     LogAs,
     PoolCounters,
@@ -30,7 +32,7 @@ from workers.pool.clients import Clients
 from workers.pool.incarnation import Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker
 from workers.pool.rendezvous import Rendezvous
-from workers.pool.rooms import Rooms
+from workers.pool.rooms import GIVEN_UP, Room, Rooms
 from workers.pool.signals import SignalPipe
 from workers.pool.supervisor import Supervisor
 from workers.wire import encode
@@ -309,11 +311,18 @@ class Pool:
             client.post(self._rooms.keep(client, message))
         elif isinstance(message, Attach):
             self._rooms.attach(client, message)
+        elif isinstance(message, GenerateJob) and message.kept:
+            room = self._rooms.room_for(client, message)
+            if room is None:
+                client.post(Failed(id=message.id, kind="unavailable", message=GIVEN_UP))
+            else:
+                self._submit(room, message)
         else:
-            kept = message.kept if isinstance(message, GenerateJob) else ""
-            owner = (self._rooms.room_of(client, kept) if kept else None) or client
-            if not self._broker.submit(owner, message):
-                raise Gone("used a job's id twice")
+            self._submit(client, message)
+
+    def _submit(self, owner: Client | Room, job: Job) -> None:
+        if not self._broker.submit(owner, job):
+            raise Gone("used a job's id twice")
 
     def _client_gone(self, client: Client) -> None:
         """Nobody is left to read the answers on this connection."""

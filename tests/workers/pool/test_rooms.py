@@ -62,14 +62,20 @@ class Bench:
 
     def found(self, reader: Connection, request: str = "r", jobs: int = 1, n: int = 1, **fields: object) -> Room:
         """Keep a request and give the broker its jobs."""
-        values = {"id": request, "owner": "ann", **fields}
+        values = {"id": request, "owner": "ann", "jobs": jobs, **fields}
         kept = self.rooms.keep(reader, msgspec.convert(values, Keep))
         assert kept.request == request
-        room = self.rooms.room_of(reader, request)
-        assert room is not None
         for place in range(jobs):
-            job_id = request if jobs == 1 else f"{request}/{place}"
-            room.jobs[job_id] = Entry(GenerateJob(id=job_id, prompt=[1], max_tokens=9, n=n, kept=request), room)
+            room = self.bring(reader, request if jobs == 1 else f"{request}/{place}", n)
+        assert room is not None
+        return room
+
+    def bring(self, reader: Connection, job_id: str, n: int = 1) -> Room | None:
+        """Bring a job of a kept request."""
+        job = GenerateJob(id=job_id, prompt=[1], max_tokens=9, n=n, kept=job_id.partition("/")[0])
+        room = self.rooms.room_for(reader, job)
+        if room is not None:
+            room.jobs[job_id] = Entry(job, room)
         return room
 
     def attach(self, reader: Connection, request: str = "r", alias: str = "a", owner: str = "ann") -> Kept:
@@ -485,3 +491,44 @@ def test_a_large_event_is_told_to_one_reader_after_the_other(bench: Bench) -> No
         bench.rooms.pump()
         assert readers.take() == renamed(small, alias)
     assert not bench.rooms.busy
+
+
+def test_a_request_whose_first_job_has_ended_has_not_ended_before_the_others_have_come(bench: Bench) -> None:
+    founder = Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=2))
+    room = bench.bring(founder, "r/0")
+    assert room is not None
+    room.jobs.clear()
+    bench.later(0)
+    assert not room.ended
+    assert bench.bring(founder, "r/1") is room
+    room.jobs.clear()
+    assert room.ended
+
+
+def test_a_job_that_comes_behind_the_failure_of_another_one_has_no_room(bench: Bench) -> None:
+    founder = Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=3))
+    room = bench.bring(founder, "r/0")
+    assert room is not None
+    room.post(Failed(id="r/0", kind="overloaded", message="full"))
+    room.jobs.clear()
+    assert bench.bring(founder, "r/1") is None
+    bench.later(0)
+    assert bench.bring(founder, "r/2") is None
+    bench.later(0)
+    assert len(bench.rooms) == 0
+    assert bench.bring(founder, "r/3") is None
+
+
+def test_a_founder_that_is_gone_before_all_jobs_have_come_leaves_none_of_them(bench: Bench) -> None:
+    founder, other = Connection(), Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=2))
+    bench.bring(founder, "r/0")
+    bench.attach(other)
+    bench.rooms.pump()
+    bench.rooms.client_gone(founder)
+    assert bench.cancels == [Cancel(id="r/0")]
+    assert len(bench.rooms) == 0
+    (told,) = other.take()
+    assert isinstance(told, Failed)
