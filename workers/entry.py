@@ -171,7 +171,18 @@ class ReportPipe:
 
 
 def _read_jobs(jobs: "Queue[bytes]", inbox: Inbox) -> None:
-    """Move orders from the pool's queue to the engine's inbox, always, so that a long prompt never blocks the pool."""
+    """Move orders from the pool's queue to the engine's inbox, always, so that a long prompt never blocks the pool.
+
+    If it cannot go on the process ends: an engine that gets no orders looks idle, and its jobs would wait for ever.
+    """
+    try:
+        _move_jobs(jobs, inbox)
+    except Exception:
+        log.exception("orders cannot be read any more")
+        os._exit(1)
+
+
+def _move_jobs(jobs: "Queue[bytes]", inbox: Inbox) -> None:
     decoder: msgspec.msgpack.Decoder[Order | LogAs] = msgspec.msgpack.Decoder(Order | LogAs)
     while True:
         body = jobs.get()

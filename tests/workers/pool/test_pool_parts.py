@@ -7,6 +7,7 @@ import os
 import selectors
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from config.settings import Settings
-from tests.workers.pool.harness import job, wait_until
+from tests.workers.pool.harness import ROOT, job, wait_until
 from workers import entry
 from workers.entry import ReportPipe
 from workers.messages import (
@@ -374,3 +375,13 @@ def test_a_pool_that_cannot_listen_again_goes_on_and_tries_later(tmp_path):
         caller.connect(str(place / "pool.sock"))
         assert selector.select(5.0)
     clients.close()
+
+
+def test_a_worker_that_cannot_read_its_orders_any_more_ends():
+    script = (
+        "import queue; from workers import entry; orders = queue.SimpleQueue(); orders.put(b'\\xc1');"
+        "entry._read_jobs(orders, queue.SimpleQueue())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "orders cannot be read any more" in done.stderr + done.stdout
