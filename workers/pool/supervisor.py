@@ -84,11 +84,16 @@ class Supervisor:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing will ever work as configured: every worker failed, or none could even be loaded."""
+        """Why this pool gives up: every worker failed, or none could even be loaded."""
         never_loaded = all(worker.card_path is None for worker in self.workers)
-        if all(worker.state == "failed" for worker in self.workers) or (never_loaded and self.hopeless):
+        if self.failed_for_good or (never_loaded and self.hopeless):
             return next((worker.stage for worker in self.workers if worker.state == "failed"), self.workers[0].stage)
         return None
+
+    @property
+    def failed_for_good(self) -> bool:
+        """Whether another start of everything would end no better. After deaths it may: of memory, of a driver."""
+        return all(worker.state == "failed" for worker in self.workers)
 
     @property
     def stopped(self) -> bool:

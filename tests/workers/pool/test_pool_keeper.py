@@ -94,14 +94,16 @@ def test_a_dead_pool_comes_back_at_once_and_then_with_growing_pauses(directory):
     assert bench.pause_until_next() == 0
 
 
-def test_last_words_of_a_pool_that_gave_up_are_passed_on_even_in_pieces(directory):
+@pytest.mark.parametrize("code", [1, 2])
+def test_last_words_of_a_pool_that_gave_up_are_passed_on_even_in_pieces(directory, code):
     bench = Bench(directory)
     bench.keeper.tend()
-    bench.pools[0].end.sendall(b"FATAL no su")
+    bench.pools[0].end.sendall(b"FATAL %d no su" % code)
     bench.keeper.tend()
     bench.pools[0].die(b"ch file\n")
-    with pytest.raises(PoolGaveUp, match=r"^no such file$"):
+    with pytest.raises(PoolGaveUp, match=r"^no such file$") as gave_up:
         bench.keeper.tend()
+    assert gave_up.value.code == code
 
 
 def test_a_forked_http_worker_lets_go_of_the_lifeline(directory):

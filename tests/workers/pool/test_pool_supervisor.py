@@ -166,6 +166,7 @@ def test_a_model_that_never_loads_is_a_failure():
         failure = bench.supervisor.failure
         bench.pass_time(10)
     assert failure == "exited with code 1"
+    assert not bench.supervisor.failed_for_good
 
 
 def test_fatal_is_never_started_again_and_a_failure_only_if_it_is_true_of_all():
@@ -182,6 +183,7 @@ def test_fatal_is_never_started_again_and_a_failure_only_if_it_is_true_of_all():
     bench.lives[1].frames.append([Fatal(message="no such file either")])
     bench.supervisor.read(other)
     assert bench.supervisor.failure == "no such file"
+    assert bench.supervisor.failed_for_good
 
 
 def test_fatal_after_the_model_was_served_is_a_death_like_others():
