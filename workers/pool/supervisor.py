@@ -22,6 +22,7 @@ from workers.messages import (
     Stats,
     WorkerStatus,
 )
+from workers.pool.bulletin import LONGEST_SILENT_LOAD_S
 from workers.pool.incarnation import Ended, Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker, State
 
@@ -163,6 +164,8 @@ class Supervisor:
         if now - self._last_tend > self._limits.pause_s:
             for worker in self.workers:
                 worker.owes_since = None
+                if worker.loads:
+                    worker.last_progress = now
         self._last_tend = now
         for worker in self.workers:
             if worker.life is None:
@@ -240,6 +243,10 @@ class Supervisor:
         That the work was withdrawn meanwhile proves nothing: a worker that stands still does not hear of it, and one
         that does not says so soon.
         """
+        if worker.loads and now - worker.last_progress > LONGEST_SILENT_LOAD_S:
+            self._end(
+                worker, f"gave no sign for {now - worker.last_progress:.0f} s while it was loading and was killed"
+            )
         if worker.state not in ("ready", "hung"):
             return
         if worker.owes_since is None:
