@@ -98,7 +98,7 @@ class PoolKeeper:
     # The pool says how it is about each second. After so long it counts as stuck, and after so long it is killed.
     stale_s = 10.0
     silent_s = 30.0
-    # Its first word comes when its settings are checked and its socket is there.
+    # Its first word comes when its settings are checked and its socket is there; one that says none is killed as well.
     first_word_s = 120.0
     # If the arbiter itself was not run for so long (all was stopped and goes on), silence proves nothing.
     pause_s = 5.0
@@ -299,8 +299,11 @@ class PoolKeeper:
 
     def _end_if_silent(self) -> None:
         """Kill a pool that hangs: it would have said something."""
-        silence = self._clock() - self._heard_at
-        if self._bulletin is None or not self.listens or silence <= self.silent_s:
+        now = self._clock()
+        if not self.listens:
+            self._heard_at = now  # what it said was for another one
+        silence = now - max(self._heard_at, self._started_at)
+        if silence <= (self.first_word_s if self._bulletin is None else self.silent_s):
             return
         assert self._pid is not None
         self._log.error("the pool says nothing: killing it", pool_pid=self._pid, seconds=silence)

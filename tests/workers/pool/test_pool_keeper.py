@@ -228,3 +228,29 @@ def test_a_successor_hears_nothing_of_the_pool_while_its_predecessor_lives_but_s
     bench.pools[0].die(b"unheard")
     bench.keeper.tend()
     assert len(bench.pools) == 2
+
+
+def test_a_pool_that_never_says_a_word_is_killed(directory, monkeypatch):
+    killed = []
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: killed.append((pid, number)))
+    bench = Bench(directory)
+    bench.now = 1000.0
+    while not killed:
+        bench.now += 1.0
+        bench.keeper.tend()
+        assert bench.now <= 1002.0 + bench.keeper.first_word_s
+    assert killed == [(4711, signal.SIGKILL)]
+    assert bench.now > 1001.0 + bench.keeper.first_word_s
+
+
+def test_a_successor_that_has_waited_long_for_its_predecessors_end_kills_nobody(directory, monkeypatch):
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: pytest.fail("killed"))
+    bench = Bench(directory)
+    bench.keeper.tend()
+    bench.keeper.listens = False
+    for _ in range(2 * int(bench.keeper.first_word_s)):
+        bench.now += 1.0
+        bench.keeper.tend()
+    bench.keeper.listens = True
+    bench.now += 1.0
+    bench.keeper.tend()
