@@ -1,5 +1,6 @@
 """The small parts of the pool, each by itself."""
 
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -347,6 +348,39 @@ def test_without_a_terminal_there_are_a_few_log_lines(caplog):
     assert 3 <= len(caplog.messages) <= 6
     assert caplog.messages[-1] == "ready"
     assert caplog.records[-1].__dict__["fields"] == {"url": "http://h:1"}
+
+
+def test_a_terminal_that_is_gone_ends_the_drawing_and_nothing_else(monkeypatch):
+    master, terminal = os.openpty()
+    with open(terminal, "w") as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", screen)
+        console = Console("http://h:1")
+        console.show([status("loading", 0.1)])
+        os.close(master)
+        console.show([status("loading", 0.2)])
+        console.ready()
+        console.close()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            screen.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_terminal_that_is_stopped_holds_nobody_up(monkeypatch):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b" " * 65536)
+    os.set_blocking(writing, True)
+    with open(writing, "w") as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", screen)
+        console = Console("http://h:1", terminal=True)
+        console.show([status("loading", 0.1)])
+        console.ready()
+        console.close()
+        monkeypatch.undo()
+        os.close(reading)
 
 
 # --- where the pool is found ------------------------------------------------------------------------------------------
