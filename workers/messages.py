@@ -122,11 +122,14 @@ class Keep(Message, frozen=True):
     the tenant; others cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a
     second `Keep` with it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to
     make its answer again: both mean nothing to the pool.
+
+    After ``seconds`` (0: never) its time is over, whether somebody reads it or not: what has begun ends where it is.
     """
 
     id: str
     owner: str
     jobs: int = 1
+    seconds: float = 0.0
     key: str = ""
     digest: bytes = b""
     note: bytes = b""
@@ -212,7 +215,8 @@ class Output(Message, frozen=True):
 
     ``ids`` includes the stop token when one ended the choice; ``stop_token_id`` then names it (it is the last of
     ``ids`` and is no part of the text). ``finish_reason`` is set on a choice's last output; ``ids`` may then be empty.
-    ``logprobs``, when asked for, has one entry for each of ``ids``.
+    ``logprobs``, when asked for, has one entry for each of ``ids``. ``cut``, of a kept request alone: a reader had
+    enough of the choice, or its time was over; who finds no reason in the text had no more time.
     """
 
     id: str
@@ -221,6 +225,7 @@ class Output(Message, frozen=True):
     finish_reason: Literal["stop", "length"] | None = None
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] = []
+    cut: bool = False
 
 
 class Embedded(Message, frozen=True):

@@ -6,7 +6,7 @@ from typing import Generic, Literal
 
 from config import logs
 from workers.messages import Cancel, Cancelled, Embedded, Event, Failed, Job, Order, Output, PoolCounters
-from workers.pool.deadlines import Deadlines
+from workers.pool.deadlines import TOO_LATE, Deadlines
 from workers.pool.drain_rate import DrainRate
 from workers.pool.journal import Client, Entry
 from workers.pool.placement import Placement, W
@@ -20,7 +20,6 @@ log = logs.logger("tailrace.pool")
 Kind = Literal["overloaded", "unavailable", "internal"]
 Cause = Literal["poison", "queue_time"]
 
-TOO_LATE = "No model worker was free for this request in time."
 WORKER_FAILED = "The model worker failed; retry the request."
 POISON = "Model workers ended, again and again, when they answered this request: it is not tried any more for now."
 

@@ -4,6 +4,7 @@ A `Room` stands between the journal and the connections: to the broker it is a c
 room gets the very events that the first reader got, one by one, so that what the text side makes of them is the same.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -24,6 +25,7 @@ from workers.messages import (
     PromptLogprobs,
     Queued,
 )
+from workers.pool.deadlines import TOO_LATE
 from workers.pool.journal import Entry
 
 log = logs.logger("tailrace.pool")
@@ -130,8 +132,9 @@ class Room:
     ``lonely_since``: when its last reader left; ``ended_at``: when its last job ended; None as long as that is not so.
     """
 
-    def __init__(self, keep: Keep, found_by: Reader, fell_behind: Callable[[Reading], None]) -> None:
+    def __init__(self, keep: Keep, found_by: Reader, fell_behind: Callable[[Reading], None], now: float) -> None:
         self.id = keep.id
+        self.over_at = now + keep.seconds if keep.seconds else math.inf
         self._fell_behind = fell_behind
         self.owner = keep.owner
         self.key = keep.key
@@ -246,7 +249,7 @@ class Rooms:
         too_large = len(keep.note) > MAX_NOTE_BYTES
         if self._window_s <= 0 or too_large or keep.id in self._rooms or not self._make_place():
             return Kept(id=keep.id, request="")
-        room = Room(keep, client, lambda reading: self._behind.append(reading))
+        room = Room(keep, client, lambda reading: self._behind.append(reading), self._clock())
         self._rooms[room.id] = room
         if room.key:
             self._keys[room.owner, room.key] = room
@@ -282,7 +285,7 @@ class Rooms:
         """End a reading, or a choice of the request; return False if it is none of this client's readings.
 
         A choice ends for all who read, for they all find the same reason for it. The log says so, in case that they do
-        not: where a reader's time was over.
+        not: where the request's time was over.
         """
         alias, slash, place = cancel.id.partition("/")
         reading = self._readings.get(client, {}).get(alias)
@@ -292,12 +295,29 @@ class Rooms:
         if cancel.choice is None:
             self._end_reading(reading)
             return True
-        job_id = room.id + slash + place
-        entry = room.jobs.get(job_id)
-        if entry is not None and cancel.choice not in entry.finished:
-            self._broker.cancel(room, Cancel(id=job_id, choice=cancel.choice))
-            room.post(Output(id=job_id, choice=cancel.choice, finish_reason="length"))
+        entry = room.jobs.get(room.id + slash + place)
+        if entry is not None:
+            self._cut(room, entry, cancel.choice)
         return True
+
+    def _cut(self, room: Room, entry: Entry, choice: int) -> None:
+        """End a choice where it is."""
+        if choice not in entry.finished:
+            job_id = entry.job.id
+            self._broker.cancel(room, Cancel(id=job_id, choice=choice))
+            room.post(Output(id=job_id, choice=choice, finish_reason="length", cut=True))
+
+    def _end_time(self, room: Room) -> None:
+        """The request's time is over. Its readers, if it has any, find so too; they do the same."""
+        room.over_at = math.inf
+        if any(entry.started for entry in room.jobs.values()) or any(type(event) is Output for event in room.log):
+            for entry in list(room.jobs.values()):
+                for choice in range(len(entry.emitted)):
+                    self._cut(room, entry, choice)
+        elif room.jobs:
+            name = next(iter(room.jobs))
+            self._broker.client_gone(room)
+            room.post(Failed(id=name, kind="overloaded", message=TOO_LATE, cause="queue_time"))
 
     def client_gone(self, client: Reader) -> None:
         """The connection is closed, and with it all that was read there."""
@@ -342,6 +362,8 @@ class Rooms:
             if room.failed and room.jobs:
                 # One job's failure is the end of the whole request.
                 self._broker.client_gone(room)
+            if now >= room.over_at:
+                self._end_time(room)
             if room.ended and room.ended_at is None:
                 room.ended_at = now
                 self._settle(room)

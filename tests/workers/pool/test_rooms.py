@@ -202,13 +202,13 @@ def test_a_choice_that_a_reader_has_enough_of_ends_for_all(bench: Bench) -> None
     bench.rooms.cancel(founder, Cancel(id="r", choice=1))
     bench.rooms.cancel(other, Cancel(id="a", choice=1))
     assert bench.cancels == [Cancel(id="r", choice=1)]
-    assert other.take() == [Output(id="a", choice=1, finish_reason="length")]
+    assert other.take() == [Output(id="a", choice=1, finish_reason="length", cut=True)]
     bench.rooms.cancel(other, Cancel(id="a", choice=0))
     assert room.ended
     late = Connection()
     bench.attach(late, alias="b")
     bench.rooms.pump()
-    ends = [Output(id="b", choice=choice, finish_reason="length") for choice in (1, 0)]
+    ends = [Output(id="b", choice=choice, finish_reason="length", cut=True) for choice in (1, 0)]
     assert late.take() == ends
 
 
@@ -532,3 +532,41 @@ def test_a_founder_that_is_gone_before_all_jobs_have_come_leaves_none_of_them(be
     assert len(bench.rooms) == 0
     (told,) = other.take()
     assert isinstance(told, Failed)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_when_its_time_is_over_what_has_begun_ends_where_it_is_with_or_without_a_reader(
+    bench: Bench, read: bool
+) -> None:
+    founder = Connection()
+    room = bench.found(founder, jobs=2, n=2, seconds=20.0)
+    for job_id, entry in room.jobs.items():
+        entry.accept(Output(id=job_id, choice=0, ids=[1], finish_reason="stop" if job_id == "r/0" else None))
+    first = [Output(id="r/0", ids=[1], finish_reason="stop"), Output(id="r/1", ids=[1])]
+    for event in first:
+        room.post(event)
+    if not read:
+        bench.rooms.client_gone(founder)
+    bench.later(19)
+    assert bench.cancels == []
+    bench.later(1)
+    cut = [("r/0", 1), ("r/1", 0), ("r/1", 1)]
+    assert bench.cancels == [Cancel(id=job_id, choice=choice) for job_id, choice in cut]
+    assert room.ended
+    ends = [Output(id=job_id, choice=choice, finish_reason="length", cut=True) for job_id, choice in cut]
+    late = Connection()
+    bench.attach(late)
+    bench.rooms.pump()
+    assert late.take() == renamed([*first, *ends], "a")
+
+
+def test_when_its_time_is_over_what_has_not_begun_fails(bench: Bench) -> None:
+    founder = Connection()
+    room = bench.found(founder, jobs=2, seconds=20.0)
+    bench.later(20)
+    assert bench.cancels == [Cancel(id="r/0"), Cancel(id="r/1")]
+    (told,) = founder.take()
+    assert isinstance(told, Failed)
+    assert (told.kind, told.cause) == ("overloaded", "queue_time")
+    assert room.ended
+    assert len(bench.rooms) == 0
