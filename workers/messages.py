@@ -124,12 +124,14 @@ class Keep(Message, frozen=True):
     make its answer again: both mean nothing to the pool.
 
     After ``seconds`` (0: never) its time is over, whether somebody reads it or not: what has begun ends where it is.
+    ``most``: so many that have not ended the owner may have (0: any number).
     """
 
     id: str
     owner: str
     jobs: int = 1
     seconds: float = 0.0
+    most: int = 0
     key: str = ""
     digest: bytes = b""
     note: bytes = b""

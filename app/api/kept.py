@@ -11,6 +11,7 @@ from app.api.json_gate import parse_object
 from app.api.schemas import validate
 from app.api.service import KEY_HEADER, service, tenant_salt, warn
 from app.api.values import ApiRequest
+from app.door import visitor
 from app.errors import UNAVAILABLE, ApiError, invalid
 from app.ids import new_id
 from app.pool_stream import Stream
@@ -102,6 +103,7 @@ def enter(stream: Stream, ticket: Ticket) -> tuple[Ticket, bool]:
             jobs=len(ticket.jobs),
             # Who reads it finds its end by itself, and the queue says better when to come again: they go first.
             seconds=ticket.seconds + POOL_GRACE_S if ticket.seconds else 0.0,
+            most=_most_of_owner(),
             key=wish.key,
             digest=wish.digest,
             note=note,
@@ -126,6 +128,13 @@ def enter(stream: Stream, ticket: Ticket) -> tuple[Ticket, bool]:
             g.replayed = True
             return joined, True
     raise ApiError(503, "The request with this key is just ending.", kind=UNAVAILABLE, retry_after=1)
+
+
+def _most_of_owner() -> int:
+    """Return how many requests the key's owner may have at a time, 0 for any number."""
+    guest = visitor.current()
+    account = guest.account if guest is not None else None
+    return (account.limits.concurrent or 0) if account is not None else 0
 
 
 def attach(stream: Stream, request_id: str) -> Ticket | None:

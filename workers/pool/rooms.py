@@ -246,8 +246,8 @@ class Rooms:
             self._settle(known)
         elif known is not None:
             return Kept(id=keep.id, request=known.id, digest=known.digest)
-        too_large = len(keep.note) > MAX_NOTE_BYTES
-        if self._window_s <= 0 or too_large or keep.id in self._rooms or not self._make_place():
+        too_much = len(keep.note) > MAX_NOTE_BYTES or self._has_enough(keep)
+        if self._window_s <= 0 or too_much or keep.id in self._rooms or not self._make_place():
             return Kept(id=keep.id, request="")
         room = Room(keep, client, lambda reading: self._behind.append(reading), self._clock())
         self._rooms[room.id] = room
@@ -431,6 +431,12 @@ class Rooms:
             del own[reading.alias]
             if not own:
                 del self._readings[reading.connection]
+
+    def _has_enough(self, keep: Keep) -> bool:
+        """Whether the owner has as many that go on as it may: the door counts only those that have a client."""
+        if not keep.most:
+            return False
+        return sum(room.owner == keep.owner and not room.ended for room in self._rooms.values()) >= keep.most
 
     def _make_place(self) -> bool:
         """Return whether another room may be founded, for which one that has ended may have to go."""

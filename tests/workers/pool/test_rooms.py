@@ -570,3 +570,13 @@ def test_when_its_time_is_over_what_has_not_begun_fails(bench: Bench) -> None:
     assert (told.kind, told.cause) == ("overloaded", "queue_time")
     assert room.ended
     assert len(bench.rooms) == 0
+
+
+def test_an_owner_has_no_more_requests_that_go_on_than_it_may(bench: Bench) -> None:
+    first = bench.found(Connection(), "a", most=2)
+    bench.found(Connection(), "b", most=2)
+    bench.found(Connection(), "other", owner="bob", most=2)
+    assert bench.rooms.keep(Connection(), Keep(id="c", owner="ann", most=2)).request == ""
+    finish(first)
+    assert bench.rooms.keep(Connection(), Keep(id="c", owner="ann", most=2)).request == "c"
+    assert bench.rooms.keep(Connection(), Keep(id="d", owner="ann")).request == "d"
