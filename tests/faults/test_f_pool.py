@@ -312,6 +312,36 @@ def test_f9_when_the_only_worker_dies_at_every_start_those_who_wait_are_told_and
     row.hit = f"{status.workers[0].restarts} deaths, then ready"
 
 
+def test_f17_the_date_jumps_by_an_hour_and_back_and_nobody_is_taken_for_dead_or_late(start_pool, row):
+    pool: PoolProcess = start_pool(*ROOM, "--wall-clock", "--queue-timeout", "600")
+    connection = pool.connect(workers=1)
+    before = worker_pid(connection)
+    dates = pool.directory / "dates"
+    held = [job([WAIT, 3, 0, 5, number], 20) for number in range(STREAMS)]
+    connection.send(*held)
+    wait_flowing(connection, held, 3)
+    jobs = []
+    with Readiness(pool.path) as readiness:
+        since = time.monotonic()
+        for seconds in (3600, -3600, 0):
+            (pool.directory / "wall-clock").write_text(str(seconds))
+            # What is logged meanwhile has the new date.
+            jobs += (batch := streams(4, 20))
+            connection.send(*batch)
+            connection.wait_answer(*batch)
+            wait_until(lambda seconds=seconds: f"{seconds}\n" in dates.read_text(), "a look at the date")
+        until = time.monotonic()
+    pool.open_gate(5)
+    connection.wait_answer(*held)
+    status = judge(row, connection, [*held, *jobs])
+    assert row.complete == len(held) + len(jobs)
+    assert (status.counters.worker_deaths, status.counters.queue_timeouts) == (0, 0)
+    assert worker_pid(connection) == before
+    assert readiness.always_true(since, until)
+    row.fault = "the date jumps an hour ahead, two hours back, and to where it was"
+    row.hit = f"the pool saw it {len(set(dates.read_text().split()))} ways; same pid"
+
+
 @pytest.mark.parametrize("command", [GARBAGE, HALF], ids=["garbage", "half a frame, then death"])
 def test_f18_what_is_no_frame_from_a_worker_is_its_death(start_pool, row, command):
     connection = start_pool(*ROOM).connect(workers=1)

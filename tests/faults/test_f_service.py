@@ -24,6 +24,9 @@ from tests.faults.text_engine import lost_device
 from tests.workers.pool.harness import PATIENCE, alive, descendants, wait_dead, wait_until
 
 LOAD = 32
+# The battery's bounds are promises of a machine that has time; one that is shared may be so much later. The table has
+# what was measured.
+LATE_S = PATIENCE / 4
 ENGINE = "tests.faults.text_engine:run"
 
 
@@ -99,7 +102,8 @@ def test_f10_the_death_of_an_http_worker_is_an_error_for_its_clients_and_nothing
     assert not found["error"]
     row.hit = f"{len(found['cut'])} clients saw their connection cut in mid-answer"
     row.notes.append(f"jobs stopped after {stopped_s:.1f} s, another worker after {respawned_s:.1f} s")
-    assert stopped_s < PATIENCE / 2
+    assert stopped_s < 1 + LATE_S
+    assert respawned_s < 2 + LATE_S
     assert victim not in service.http_workers()
     assert model_pid(service) == model
     serving_all(service)
@@ -161,7 +165,9 @@ def test_f12_the_death_of_the_arbiter_is_told_and_nothing_is_left_of_a_service_i
     found = finish(row, callers)
     assert len(found["error"]) == LOAD
     service.wait_gone()
-    row.hit = f"none of {len(processes)} processes left after {time.monotonic() - moment:.1f} s"
+    gone_s = time.monotonic() - moment
+    assert gone_s < 10 + LATE_S
+    row.hit = f"none of {len(processes)} processes left after {gone_s:.1f} s"
     row.notes.append("the model is loaded again, by whoever starts the service")
     again = start(port=service.port)
     serving_all(again)
@@ -181,8 +187,12 @@ def test_f12_the_death_of_the_arbiter_leaves_a_pool_of_its_own_and_http_is_back_
     assert len(found["error"]) == LOAD
     service.wait_gone_but({pool, model})
     gone_s = time.monotonic() - moment
+    begun = time.monotonic()
     again = start(port=service.port, launch_pool="false")
+    back_s = time.monotonic() - begun
+    assert gone_s < 5 + LATE_S
     row.hit = f"its HTTP workers gone after {gone_s:.1f} s; the next arbiter serves with the same pool and model"
+    row.notes.append(f"it answers {back_s:.1f} s after its start")
     assert (again.pool_pid(), model_pid(again)) == (pool, model)
     serving_all(again)
 
@@ -207,6 +217,7 @@ def test_f12_the_death_of_the_pool_is_told_and_it_comes_back_without_an_orphan(
     assert len(found["error"]) == LOAD
     assert service.pool_pid() != pool
     assert service.http_workers() == http_workers
+    assert gone_s < 10 + LATE_S
     row.hit = f"{len(below)} processes gone after {gone_s:.1f} s, a new pool with a model serves after {back_s:.1f} s"
     row.notes.append(f"/readyz said no after {ready.first(503, moment):.1f} s")
 
@@ -489,5 +500,4 @@ def test_f19_ready_is_true_exactly_while_a_token_can_be_produced(start: Callable
     row.hit = (
         f"not ready {death_s:.1f} s after the death and {hang_s:.1f} s after the stop, by {len(ready.samples)} samples"
     )
-    # Two seconds are the promise; a machine that is shared may make it late.
-    assert max(death_s, hang_s) < 2 + PATIENCE / 4
+    assert max(death_s, hang_s) < 2 + LATE_S
