@@ -76,7 +76,7 @@ def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_as
     logs.configure(log_as, f"worker-{config.index}")
     _keep_from_grandchildren(jobs, reports)
     _choose_devices(config)
-    _set_title(f"tailrace: model worker {config.index} ({config.device})")
+    set_title(f"tailrace: model worker {config.index} ({config.device})")
     pipe = ReportPipe(reports.fileno())
     code = 0
     try:
@@ -242,7 +242,8 @@ def _enlarge_pipe(fd: int) -> None:
         fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def _set_title(title: str) -> None:
+def set_title(title: str) -> None:
+    """Name this process for `ps`."""
     try:
         from setproctitle import setproctitle
     except ImportError:

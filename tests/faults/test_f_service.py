@@ -35,7 +35,7 @@ def start(start_service: Callable[..., Service], directory: Path) -> Callable[..
     """Start a service with the real application and wait until it answers."""
 
     def started(**settings: object) -> Service:
-        usual: dict[str, object] = {"APPLICATION": "app:create_app()", "SCRIPTED_ENGINE": ENGINE, "max_batch": 64}
+        usual: dict[str, object] = {"APPLICATION": "app:create_app()", "POOL_ENGINE": ENGINE, "max_batch": 64}
         service = start_service(**{**usual, "state_dir": directory / "state", **settings})
         service.wait_ready()
         # Each HTTP worker hears of it by itself, and the answers so far may all be one worker's.
@@ -411,7 +411,7 @@ def _accepts(port: int, service: Service) -> bool:
 
 
 def test_f17_one_of_two_devices_is_lost_and_the_other_serves(start: Callable[..., Service], row: Row) -> None:
-    service = start(SCRIPTED_WORKERS=2)
+    service = start(POOL_WORKERS=2)
     wait_until(lambda: all(each.state == "ready" for each in service.pool_status().workers), "both model workers")
     callers = call(url(service), LOAD)
     lost_device(service.directory, 1).touch()

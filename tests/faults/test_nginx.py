@@ -43,7 +43,7 @@ def address(server: Nginx) -> str:
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with private_directory() as directory:
-        usual = {"APPLICATION": "app:create_app()", "SCRIPTED_ENGINE": "tests.faults.text_engine:run"}
+        usual = {"APPLICATION": "app:create_app()", "POOL_ENGINE": "tests.faults.text_engine:run"}
         made = Service(directory, {**usual, "state_dir": directory / "state", "max_batch": 64, "graceful_timeout_s": 5})
         try:
             made.wait_ready()

@@ -202,10 +202,6 @@ class Room:
             reading.connection.post(Kept(id=reading.alias, request=""))
         self.readings.remove(reading)
 
-    def find(self, connection: Reader, alias: str) -> Reading | None:
-        """Return who reads under this name, or None."""
-        return next((each for each in self.readings if each.alias == alias and each.connection is connection), None)
-
 
 def _size(event: Event) -> int:
     """About what the event takes, in bytes."""
