@@ -36,7 +36,8 @@ from workers.messages import (
     WorkerStatus,
 )
 from workers.pool.journal import Entry
-from workers.pool.rooms import Room, Rooms
+from workers.pool.room import Room
+from workers.pool.rooms import Rooms
 from workers.wire import Decoder, encode
 
 DEADLINE_S = 10.0

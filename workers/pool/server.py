@@ -32,7 +32,8 @@ from workers.pool.clients import Clients
 from workers.pool.incarnation import Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker
 from workers.pool.rendezvous import Rendezvous
-from workers.pool.rooms import GIVEN_UP, Room, Rooms
+from workers.pool.room import Room
+from workers.pool.rooms import GIVEN_UP, Rooms
 from workers.pool.signals import SignalPipe
 from workers.pool.supervisor import Supervisor
 from workers.wire import encode

@@ -19,9 +19,11 @@ from workers.messages import (
     Started,
     TokenLogprobs,
 )
+from workers.pool import room as one_room
 from workers.pool import rooms as module
 from workers.pool.journal import Entry
-from workers.pool.rooms import EVENTS_AT_A_TIME, Room, Rooms
+from workers.pool.room import EVENTS_AT_A_TIME, Room
+from workers.pool.rooms import Rooms
 
 WINDOW_S = 60.0
 
@@ -166,7 +168,7 @@ def test_a_long_past_comes_in_slices_and_not_faster_than_it_is_read(bench: Bench
     assert bench.rooms.busy
     bench.rooms.pump()
     assert len(late.events) == EVENTS_AT_A_TIME
-    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
     assert not bench.rooms.busy
     bench.rooms.pump()
     assert len(late.events) == EVENTS_AT_A_TIME
@@ -371,7 +373,7 @@ LARGE: list[Callable[[], Event]] = [
 def test_what_grows_too_large_is_read_on_but_not_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Event]
 ) -> None:
-    monkeypatch.setattr(module, "MAX_ROOM_BYTES", 100_000)
+    monkeypatch.setattr(one_room, "MAX_ROOM_BYTES", 100_000)
     founder, behind = Connection(), Connection()
     room = bench.found(founder, key="k")
     count = 0
@@ -426,7 +428,7 @@ def test_many_who_begin_to_read_at_once_are_told_what_one_after_the_other(bench:
 def test_who_has_much_to_read_is_told_nothing_yet(bench: Bench) -> None:
     bench.found(Connection(), note=b"x")
     late = Connection()
-    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
     bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
     bench.rooms.pump()
     assert late.take() == []
@@ -445,7 +447,7 @@ def test_what_is_asked_for_with_very_much_is_not_kept(bench: Bench) -> None:
 def test_one_who_has_not_been_told_yet_that_it_can_be_read_is_told_that_it_cannot(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_ROOM_BYTES", 1000)
+    monkeypatch.setattr(one_room, "MAX_ROOM_BYTES", 1000)
     room = bench.found(Connection())
     late = Connection()
     bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
@@ -457,7 +459,7 @@ def test_one_who_has_not_been_told_yet_that_it_can_be_read_is_told_that_it_canno
 def test_readers_whose_connection_has_much_to_read_fall_behind_and_miss_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_PENDING_EVENTS", 5)
+    monkeypatch.setattr(one_room, "MAX_PENDING_EVENTS", 5)
     founder, late = Connection(), Connection()
     room = bench.found(founder)
     bench.attach(late)
@@ -465,7 +467,7 @@ def test_readers_whose_connection_has_much_to_read_fall_behind_and_miss_nothing(
     said = say(room, *range(20))
     assert (len(founder.take()), len(late.events)) == (20, 5)
     heard = late.take()
-    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
     said += say(room, 20) + finish(room)
     assert late.take() == []
     late.pending.clear()
