@@ -135,7 +135,7 @@ def on_starting(server):  # type: ignore[no-untyped-def]
         try:
             keeper.tend()
         except PoolGaveUp as reason:
-            raise HaltServer(str(reason), 2) from None
+            raise HaltServer(str(reason), reason.code) from None
 
     if Path(sys.argv[0]).name == "__main__.py":
         # Started as "python -m gunicorn": executed again as a plain file (USR2), the folder of gunicorn's modules would

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import socket
 from dataclasses import dataclass, field
+from functools import cache
 
 from config import gpus, keys
 from config.model_checks import check_model
@@ -58,7 +59,7 @@ def with_devices(settings: Settings, notices: list[str] | None = None) -> Settin
     """
     if settings.only_cpu:
         return settings
-    found = gpus.count()
+    found, offered = _gpus_found()
     asked = "gpus" in settings.model_fields_set
     if found:
         missing = [number for number in settings.gpus if number >= found]
@@ -66,12 +67,23 @@ def with_devices(settings: Settings, notices: list[str] | None = None) -> Settin
             names = f"0 to {found - 1}" if found > 1 else "only GPU 0"
             raise ConfigError(f"--gpus: there is no GPU {missing[0]} on this machine ({names})")
         return settings
-    reason = "the installed torch is built without CUDA" if gpus.present() else "this machine has no usable NVIDIA GPU"
+    reason = "the installed torch is built without CUDA" if offered else "this machine has no usable NVIDIA GPU"
     if asked:
         raise ConfigError(f"--gpus: there is no GPU {settings.gpus[0]}: {reason}; use --only_cpu for the CPU")
     if notices is not None:
         notices.append(f"{reason}: running on the CPU")
     return settings.model_copy(update={"only_cpu": True})
+
+
+@cache
+def _gpus_found() -> tuple[int, int]:
+    """Return how many GPUs can be used, and how many the driver offers.
+
+    Asked once in a process: at a reload a driver that hangs would hold up the arbiter, and which devices the model
+    workers have was decided at the start.
+    """
+    found = gpus.count()
+    return found, found or gpus.present()
 
 
 def _check_packages(settings: Settings) -> list[str]:

@@ -153,6 +153,28 @@ def test_only_the_configuration_reads_our_environment_variables():
     assert readers == []
 
 
+# What says to people, or to files, when something was. How long something takes is never measured by the date, which
+# may jump.
+TELLS_THE_DATE = {
+    "app.api.responses.output",
+    "app.api.service",
+    "app.api.status.data",
+    "app.door.keys",
+    "app.store.records",
+    "app.store.store",
+    "config.template_sandbox",
+    "workers.engine.card",
+}
+
+
+def test_nothing_that_waits_looks_at_the_date():
+    date = re.compile(r"\btime\.(time|time_ns)\b|\bdatetime\.(now|utcnow|today)\b|from time import")
+    lookers = {
+        module for package in OURS for module, path in modules(package) if date.search(path.read_text(encoding="utf-8"))
+    }
+    assert lookers == TELLS_THE_DATE
+
+
 def test_everything_imported_is_required_by_name():
     """A package that is there only because another one brought it may be gone with the next version."""
     declared = _required("requirements.txt") | _required("requirements-gpu.txt")

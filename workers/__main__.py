@@ -15,6 +15,7 @@ from config.checks import preflight
 from config.problems import ConfigError
 from config.runtime_dir import make_private
 from config.settings import load
+from workers.entry import set_title
 from workers.messages import LogAs, PoolStatus
 from workers.pool import plan
 from workers.pool.announcer import Announcer
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: str | None = None) -
     except (ConfigError, Taken) as error:
         notifier.send(f"STATUS={error}")
         return _fail(str(error))
-    _set_title("tailrace: pool")
+    set_title("tailrace: pool")
     url = f"http://{_reachable(settings.host)}:{settings.port}" if lifeline is not None else None
     bounds = plan.pool_options(settings)
     if lifeline is not None:
@@ -127,14 +128,6 @@ def _reachable(host: str) -> str:
 def _fail(message: str) -> int:
     logs.complain(message.splitlines())
     return EXIT_FATAL
-
-
-def _set_title(title: str) -> None:
-    try:
-        from setproctitle import setproctitle
-    except ImportError:
-        return
-    setproctitle(title)
 
 
 if __name__ == "__main__":

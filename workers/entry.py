@@ -76,7 +76,7 @@ def main(config: WorkerConfig, jobs: "Queue[bytes]", reports: Connection, log_as
     logs.configure(log_as, f"worker-{config.index}")
     _keep_from_grandchildren(jobs, reports)
     _choose_devices(config)
-    _set_title(f"tailrace: model worker {config.index} ({config.device})")
+    set_title(f"tailrace: model worker {config.index} ({config.device})")
     pipe = ReportPipe(reports.fileno())
     code = 0
     try:
@@ -171,7 +171,18 @@ class ReportPipe:
 
 
 def _read_jobs(jobs: "Queue[bytes]", inbox: Inbox) -> None:
-    """Move orders from the pool's queue to the engine's inbox, always, so that a long prompt never blocks the pool."""
+    """Move orders from the pool's queue to the engine's inbox, always, so that a long prompt never blocks the pool.
+
+    If it cannot go on the process ends: an engine that gets no orders looks idle, and its jobs would wait for ever.
+    """
+    try:
+        _move_jobs(jobs, inbox)
+    except Exception:
+        log.exception("orders cannot be read any more")
+        os._exit(1)
+
+
+def _move_jobs(jobs: "Queue[bytes]", inbox: Inbox) -> None:
     decoder: msgspec.msgpack.Decoder[Order | LogAs] = msgspec.msgpack.Decoder(Order | LogAs)
     while True:
         body = jobs.get()
@@ -231,7 +242,8 @@ def _enlarge_pipe(fd: int) -> None:
         fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE_BYTES)
 
 
-def _set_title(title: str) -> None:
+def set_title(title: str) -> None:
+    """Name this process for `ps`."""
     try:
         from setproctitle import setproctitle
     except ImportError:

@@ -118,14 +118,20 @@ class Cancel(Message, frozen=True):
 class Keep(Message, frozen=True):
     """The request ``id`` shall outlive its client: what its jobs produce is kept, and can be read again from the start.
 
-    Sent before the request's jobs, which name it as ``kept``; answered with `Kept`. ``owner`` is the tenant; others
-    cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a second `Keep` with
-    it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to make its answer
-    again: both mean nothing to the pool.
+    Sent before the request's ``jobs``, so many of them, which name it as ``kept``; answered with `Kept`. ``owner`` is
+    the tenant; others cannot find it. ``key``, if not empty, is the owner's name for the request (Idempotency-Key): a
+    second `Keep` with it founds nothing. ``digest`` says what was asked, ``note`` is whatever the text side needs to
+    make its answer again: both mean nothing to the pool.
+
+    After ``seconds`` (0: never) its time is over, whether somebody reads it or not: what has begun ends where it is.
+    ``most``: so many that have not ended the owner may have (0: any number).
     """
 
     id: str
     owner: str
+    jobs: int = 1
+    seconds: float = 0.0
+    most: int = 0
     key: str = ""
     digest: bytes = b""
     note: bytes = b""
@@ -173,7 +179,8 @@ class Kept(Message, frozen=True):
     """The pool's answer to `Keep` and `Attach`; ``id`` is theirs (the alias of an `Attach`).
 
     ``request`` is the kept request: the one just founded (the same id), the one that has the key already, or "" if
-    there is none to be found, or no room to keep another. ``digest`` and ``note`` are those it was founded with.
+    there is none to be found, or no room to keep another. ``digest`` and ``note`` are those it was founded with; who
+    has just founded it is told neither, and ``note`` is for who reads it (`Attach`).
     """
 
     id: str
@@ -210,7 +217,8 @@ class Output(Message, frozen=True):
 
     ``ids`` includes the stop token when one ended the choice; ``stop_token_id`` then names it (it is the last of
     ``ids`` and is no part of the text). ``finish_reason`` is set on a choice's last output; ``ids`` may then be empty.
-    ``logprobs``, when asked for, has one entry for each of ``ids``.
+    ``logprobs``, when asked for, has one entry for each of ``ids``. ``cut``, of a kept request alone: a reader had
+    enough of the choice, or its time was over; who finds no reason in the text had no more time.
     """
 
     id: str
@@ -219,6 +227,7 @@ class Output(Message, frozen=True):
     finish_reason: Literal["stop", "length"] | None = None
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] = []
+    cut: bool = False
 
 
 class Embedded(Message, frozen=True):

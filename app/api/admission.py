@@ -1,6 +1,5 @@
 """How a request gets into the pool: its jobs, what it is known by, and whether another one has said the same before."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +21,8 @@ from workers.messages import GenerateJob, Grammar
 # The pool answers at once, if the machine lets it; a grammar is looked at by a model worker.
 REFUSAL_PATIENCE_S = 0.2
 GRAMMAR_PATIENCE_S = 2.0
-# What a reader of a kept request has at least.
-_READING_S = 30.0
+# The pool ends kept requests in time. Should it ever fail to, their readers wait so much longer and no more.
+_BACKSTOP_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def start_generation(
         created=now(),
         name=name,
         jobs=jobs,
-        ends_at=time.monotonic() + (deadline.left(started=True) or 0.0),
+        seconds=deadline.seconds or 0.0,
         thinking=thinking,
         grammar_param=held.param,
         grammar_lines=dict(held.lines),
@@ -120,9 +119,9 @@ def continued(
     visible_tokens: frozenset[int] = frozenset(),
 ) -> Generation:
     """Return the generation of a kept request that ``stream`` reads from its first event on."""
-    # What was said before its end must not be cut off by reading it later.
-    seconds = max(_READING_S, ticket.ends_at - time.monotonic())
-    return _generation(stream, ticket, body, model, Deadline(seconds), echoes, visible_tokens)
+    # The pool says where its time was over: what was said before must not be cut off by reading it later.
+    deadline = Deadline(ticket.seconds or None, late_s=_BACKSTOP_S)
+    return _generation(stream, ticket, body, model, deadline, echoes, visible_tokens)
 
 
 def _generation(

@@ -11,9 +11,11 @@ from app.api.json_gate import parse_object
 from app.api.schemas import validate
 from app.api.service import KEY_HEADER, service, tenant_salt, warn
 from app.api.values import ApiRequest
+from app.door import visitor
 from app.errors import UNAVAILABLE, ApiError, invalid
 from app.ids import new_id
 from app.pool_stream import Stream
+from app.text.deadline import POOL_GRACE_S
 from app.text.offload import off_hub_if_large
 from workers.messages import Attach, GenerateJob, Keep
 
@@ -32,7 +34,7 @@ _OF_THE_WAY = ("stream", "stream_options", "resumable")
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """What an admitted request is known by, and all that its answer depends on beside what the pool says.
 
-    ``ends_at``: when its time is over, by the clock that all processes of this machine share (`time.monotonic`).
+    ``seconds``: the time that it may take; 0: any.
     ``route`` and ``body`` are what was asked, where it can be read again.
     """
 
@@ -40,7 +42,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     name: str
     jobs: list[GenerateJob]
-    ends_at: float
+    seconds: float
     thinking: bool | None = None
     grammar_param: str | None = None
     grammar_lines: dict[int, str] = {}
@@ -95,7 +97,18 @@ def enter(stream: Stream, ticket: Ticket) -> tuple[Ticket, bool]:
     owner = tenant_salt()
     note = msgspec.msgpack.encode(msgspec.structs.replace(ticket, route=wish.route, body=wish.body))
     for _ in range(_TRIES):
-        kept = stream.keep(Keep(id=ticket.id, owner=owner, key=wish.key, digest=wish.digest, note=note), _PATIENCE_S)
+        keep = Keep(
+            id=ticket.id,
+            owner=owner,
+            jobs=len(ticket.jobs),
+            # Who reads it finds its end by itself, and the queue says better when to come again: they go first.
+            seconds=ticket.seconds + POOL_GRACE_S if ticket.seconds else 0.0,
+            most=_most_of_owner(),
+            key=wish.key,
+            digest=wish.digest,
+            note=note,
+        )
+        kept = stream.keep(keep, _PATIENCE_S)
         if kept.request == ticket.id:
             g.kept = ticket.id
             jobs = [msgspec.structs.replace(job, kept=ticket.id) for job in ticket.jobs]
@@ -115,6 +128,13 @@ def enter(stream: Stream, ticket: Ticket) -> tuple[Ticket, bool]:
             g.replayed = True
             return joined, True
     raise ApiError(503, "The request with this key is just ending.", kind=UNAVAILABLE, retry_after=1)
+
+
+def _most_of_owner() -> int:
+    """Return how many requests the key's owner may have at a time, 0 for any number."""
+    guest = visitor.current()
+    account = guest.account if guest is not None else None
+    return (account.limits.concurrent or 0) if account is not None else 0
 
 
 def attach(stream: Stream, request_id: str) -> Ticket | None:

@@ -12,17 +12,21 @@ class Deadline:
     """The end of ``seconds`` from now; None: there is none.
 
     ``start_within_s`` is how long the pool may let a job wait: all of that, or less if ``queue_s`` is (0: no bound of
-    its own); 0 if there is no bound at all.
+    its own); 0 if there is no bound at all. ``late_s``: somebody else ends it, so here it is over only so much later.
     """
 
     __slots__ = ("_at", "_clock", "_unstarted_at", "seconds", "start_within_s")
 
     def __init__(
-        self, seconds: float | None, queue_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+        self,
+        seconds: float | None,
+        queue_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        late_s: float = 0.0,
     ) -> None:
         self.seconds = seconds
         self._clock = clock
-        self._at = math.inf if seconds is None else clock() + seconds
+        self._at = math.inf if seconds is None else clock() + seconds + late_s
         self._unstarted_at = self._at + POOL_GRACE_S
         self.start_within_s = min((each for each in (seconds, queue_s) if each), default=0.0)
 

@@ -335,6 +335,8 @@ class Generation:
         if choice.finish_reason is not None:
             # Tokens that were on their way when a stop string ended the choice.
             return
+        # Whoever has a reason of its own for the end has found it before.
+        self.cut = self.cut or output.cut
         text = choice.push(output)
         if choice.finish_reason is not None:
             self._unfinished -= 1

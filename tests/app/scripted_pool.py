@@ -36,7 +36,8 @@ from workers.messages import (
     WorkerStatus,
 )
 from workers.pool.journal import Entry
-from workers.pool.rooms import Room, Rooms
+from workers.pool.room import Room
+from workers.pool.rooms import Rooms
 from workers.wire import Decoder, encode
 
 DEADLINE_S = 10.0
@@ -130,13 +131,13 @@ class Line:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.pending = bytearray()
-        self._events: list[Event] = []
-        self.post = self._events.append
+        self.events: list[Event] = []
+        self.post = self.events.append
 
     def flush(self) -> None:
-        if self._events:
-            frame = encode(Events(events=list(self._events)))
-            self._events.clear()
+        if self.events:
+            frame = encode(Events(events=list(self.events)))
+            self.events.clear()
             with contextlib.suppress(OSError):
                 self.connection.sendall(frame)
 
@@ -295,10 +296,12 @@ class ScriptedPool:
             self._flush()
 
     def _flush(self) -> None:
-        while self.rooms.busy:
+        while True:
+            for line in self._lines.values():
+                line.flush()
+            if not self.rooms.busy:
+                break
             self.rooms.pump()
-        for line in self._lines.values():
-            line.flush()
 
     def _take_kept(self, message: ClientMessage, connection: socket.socket) -> bool:
         """Do what concerns kept requests; return whether that was all there is to do."""
@@ -309,7 +312,7 @@ class ScriptedPool:
             self.rooms.attach(line, message)
         elif not isinstance(message, Cancel) or not self.rooms.cancel(line, message):
             if isinstance(message, GenerateJob) and message.kept:
-                room = self.rooms.room_of(line, message.kept)
+                room = self.rooms.room_for(line, message)
                 assert room is not None
                 room.jobs[message.id] = Entry(message, room)
                 self._rooms_of[message.id] = room

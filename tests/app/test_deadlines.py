@@ -342,6 +342,6 @@ def test_a_refusal_is_quick_and_says_when_to_come_again(server: Server) -> None:
             response = http.post(CHAT, json={**PLAIN, "stream": stream})
             seconds.append(time.perf_counter() - begun_at)
             assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
-    # Not the patience of 50 ms with which refusals are waited for, and far from 100.
+    # Less than the 0.2 s for which refusals are waited.
     assert sorted(seconds)[len(seconds) // 2] < 0.1
     eventually(lambda: server.stats()["open_requests"] == 0)

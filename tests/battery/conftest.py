@@ -16,6 +16,7 @@ from tests.battery import nginx
 from tests.battery.answers import Door
 from tests.battery.door_rig import Guarded
 from tests.battery.watch import ProbeStream
+from tests.debian import NGINX
 from tests.e2e.server import Server, free_port, wait_until
 
 _ACCEPTED = re.compile(r"\baccepted\b.*?\bid=(\S+)")
@@ -116,6 +117,7 @@ def unharmed(battery: Battery, battery_probe: ProbeStream) -> Iterator[Battery]:
 def door(unharmed: Battery, request: pytest.FixtureRequest) -> Door:
     """Straight to gunicorn, and through nginx."""
     if request.param not in unharmed.doors:
+        assert NGINX.may_be_missing, "apt-get has not brought nginx"
         pytest.skip("there is no nginx here")
     return unharmed.doors[request.param]
 

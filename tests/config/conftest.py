@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from config import checks
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11,3 +13,4 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("TAILRACE_") or name in ("PORT", "WEB_CONCURRENCY", "GUNICORN_FD", "LISTEN_PID"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TAILRACE_CONFIG", os.devnull)
+    checks._gpus_found.cache_clear()

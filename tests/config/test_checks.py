@@ -257,6 +257,9 @@ def test_without_a_gpu_the_cpu_is_used_and_said_so(monkeypatch):
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(gpus, "count", lambda: 0)
     assert problems(only_cpu="false", gpus="0")[0].startswith("--gpus: there is no GPU 0: ")
+
+
+def test_gpus_that_were_asked_for_must_be_there(monkeypatch):
     monkeypatch.setattr(gpus, "count", lambda: 2)
     assert problems(only_cpu="false", gpus="0,1") == []
     assert problems(only_cpu="false", gpus="1,2") == ["--gpus: there is no GPU 2 on this machine (0 to 1)"]
@@ -265,6 +268,15 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused(monkeypatch):
 def test_only_cpu_asks_no_driver(monkeypatch):
     monkeypatch.setattr(gpus, "count", lambda: pytest.fail("asked"))
     assert problems(gpus="7") == []
+
+
+@pytest.mark.parametrize("found", [0, 2])
+def test_the_driver_is_asked_once_in_a_process_and_not_at_a_reload(monkeypatch, found):
+    monkeypatch.setattr(gpus, "count", lambda: found)
+    before = preflight(load(), port=False).settings
+    monkeypatch.setattr(gpus, "count", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(gpus, "present", lambda: pytest.fail("asked again"))
+    assert preflight(load(), port=False).settings == before
 
 
 def test_hidden_gpus_do_not_count(monkeypatch):

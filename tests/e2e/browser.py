@@ -39,7 +39,7 @@ class Browser:
 
     def __init__(self, width: int = 1280, height: int = 900, scale: float = 1.0) -> None:
         program = BROWSER.path()
-        assert program is not None
+        assert program is not None, "apt-get has not brought a browser"
         self._home = Path(tempfile.mkdtemp(prefix="tailrace-browser-"))
         reads, self._writes = os.pipe()
         self._reads, writes = os.pipe()

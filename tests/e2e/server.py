@@ -7,8 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,9 @@ import psutil
 
 from config.sources import ROOT
 from tests.lifeline import tied
+from tests.workers.pool.harness import wait_until
 
 START_S = 180.0
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float) -> Any:
-    """Return the condition's value as soon as it is true; fail after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for {what}"
-        time.sleep(0.02)
-    return value
 
 
 def free_port() -> int:

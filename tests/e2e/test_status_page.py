@@ -1,6 +1,7 @@
 """The pages for people, in a real browser: /status under real load, and /docs."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +21,8 @@ STREAMS = 4
 CHAT = "/v1/chat/completions"
 
 pytestmark = pytest.mark.skipif(
-    BROWSER.path() is None, reason="no Chromium: `make test` fetches it from Debian's packages where apt-get can"
+    BROWSER.path() is None and BROWSER.may_be_missing,
+    reason="no Chromium: `make test` fetches it from Debian's packages where apt-get can",
 )
 
 
@@ -123,7 +125,8 @@ def test_the_page_shows_real_load_and_a_death_as_they_come(own_server: Server, b
         assert row[7] not in ("", "none"), row
         faults = text(browser, "faults")
         assert "Deaths of model workers1" in faults
-        assert f"Requests taken up again{STREAMS}" in faults
+        # A client that was between two requests at that moment had none to be taken up.
+        assert re.search(rf"Requests taken up again[1-{STREAMS}](?!\d)", faults), faults
         keep("status.png", browser.screenshot(whole=True))
         browser.prefer("dark")
         keep("status-dark.png", browser.screenshot(whole=True))

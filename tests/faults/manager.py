@@ -42,7 +42,8 @@ class Manager:
 
     def wait(self, wanted: Callable[[Word], object], what: str, *, after: Word | None = None) -> Word:
         """Return the first word that is ``wanted`` (behind ``after``); wait for it, or fail."""
-        deadline = time.monotonic() + PATIENCE
+        # Long enough for a whole service to start.
+        deadline = time.monotonic() + 3 * PATIENCE
         seen = 0
         with self._news:
             if after is not None:

@@ -45,7 +45,7 @@ PATIENCE_S = 180.0
 
 Verdict = Literal["complete", "error", "refused", "lost"]
 
-_COMMAND = ("-m", "gunicorn", "-c", "tests/faults/gunicorn_rig.conf.py", "app:create_app()")
+_COMMAND = ("-m", "gunicorn", "-c", "tests/faults/gunicorn_pool.conf.py", "app:create_app()")
 
 
 @cache
@@ -353,9 +353,8 @@ class Rig(Server):
             "request_timeout_s": PATIENCE_S,
         }
         environment = {f"TAILRACE_{name.upper()}": str(value) for name, value in (defaults | settings).items()}
-        environment |= {"RIG_STEP_S": str(step_s), "RIG_WORKERS": str(workers)}
-        if engine:
-            environment["RIG_ENGINE"] = engine
+        environment |= {"RIG_STEP_S": str(step_s), "POOL_WORKERS": str(workers)}
+        environment["POOL_ENGINE"] = engine or "tests.faults.rig_engine:run"
         super().__init__(command=[sys.executable, *_COMMAND], **environment)
         self.workers = workers
         self.runtime_dir = self._home / "run"

@@ -48,7 +48,7 @@ class Service:
                         "-m",
                         "gunicorn",
                         "-c",
-                        "tests/faults/gunicorn_scripted.conf.py",
+                        "tests/faults/gunicorn_pool.conf.py",
                         application,
                     ]
                 ),

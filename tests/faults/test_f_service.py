@@ -24,6 +24,9 @@ from tests.faults.text_engine import lost_device
 from tests.workers.pool.harness import PATIENCE, alive, descendants, wait_dead, wait_until
 
 LOAD = 32
+# The battery's bounds are promises of a machine that has time; one that is shared may be so much later. The table has
+# what was measured.
+LATE_S = PATIENCE / 4
 ENGINE = "tests.faults.text_engine:run"
 
 
@@ -32,11 +35,15 @@ def start(start_service: Callable[..., Service], directory: Path) -> Callable[..
     """Start a service with the real application and wait until it answers."""
 
     def started(**settings: object) -> Service:
-        usual: dict[str, object] = {"APPLICATION": "app:create_app()", "SCRIPTED_ENGINE": ENGINE, "max_batch": 64}
+        usual: dict[str, object] = {"APPLICATION": "app:create_app()", "POOL_ENGINE": ENGINE, "max_batch": 64}
         service = start_service(**{**usual, "state_dir": directory / "state", **settings})
         service.wait_ready()
-        # Each HTTP worker hears of it by itself.
-        wait_until(lambda: all(_answers(service, number) for number in range(6)), "an answer from each of them")
+        # Each HTTP worker hears of it by itself, and the answers so far may all be one worker's.
+        workers = int(str(settings.get("http_workers", 2)))
+        wait_until(lambda: len(_booted(service)) == workers, "each HTTP worker's line to the pool", 3 * PATIENCE)
+        wait_until(
+            lambda: all(_answers(service, number) for number in range(6)), "an answer from each of them", 3 * PATIENCE
+        )
         return service
 
     return started
@@ -66,7 +73,9 @@ def back(service: Service) -> None:
     """Return when the service answers again, whichever HTTP worker is asked."""
     wait_until(lambda: Caller(url(service), plain(1)).wait().outcome == "complete", "an answer", 3 * PATIENCE)
     wait_until(
-        lambda: all(Caller(url(service), plain(1)).wait().outcome == "complete" for _ in range(8)), "all of them"
+        lambda: all(Caller(url(service), plain(1)).wait().outcome == "complete" for _ in range(8)),
+        "all of them",
+        3 * PATIENCE,
     )
 
 
@@ -93,7 +102,8 @@ def test_f10_the_death_of_an_http_worker_is_an_error_for_its_clients_and_nothing
     assert not found["error"]
     row.hit = f"{len(found['cut'])} clients saw their connection cut in mid-answer"
     row.notes.append(f"jobs stopped after {stopped_s:.1f} s, another worker after {respawned_s:.1f} s")
-    assert stopped_s < PATIENCE / 2
+    assert stopped_s < 1 + LATE_S
+    assert respawned_s < 2 + LATE_S
     assert victim not in service.http_workers()
     assert model_pid(service) == model
     serving_all(service)
@@ -103,7 +113,8 @@ def test_f10_the_death_of_an_http_worker_is_an_error_for_its_clients_and_nothing
 def test_f11_an_http_worker_that_hangs_stalls_nobody_else_and_is_replaced(
     start: Callable[..., Service], row: Row, how: str
 ) -> None:
-    service = start(GUNICORN_CMD_ARGS="--timeout 3", APPLICATION="tests.faults.text_app:application()")
+    # Long enough that all that is asked of the others meanwhile is done before the arbiter acts.
+    service = start(GUNICORN_CMD_ARGS="--timeout 10", APPLICATION="tests.faults.text_app:application()")
     workers, model = service.http_workers(), model_pid(service)
     callers = call(url(service), LOAD)
     row.fault = "SIGSTOP of an HTTP worker" if how == "stopped" else "an HTTP worker that computes and lets nothing run"
@@ -111,9 +122,10 @@ def test_f11_an_http_worker_that_hangs_stalls_nobody_else_and_is_replaced(
         victim = min(workers)
         os.kill(victim, signal.SIGSTOP)
     else:
+        used = {pid: _cpu_s(pid) for pid in workers}
         with suppress(httpx.HTTPError):
-            httpx.get(f"{url(service)}/spin", timeout=1)
-        victim = max(workers, key=lambda pid: sum(psutil.Process(pid).cpu_times()[:2]))
+            httpx.get(f"{url(service)}/spin", timeout=2)
+        victim = max(workers, key=lambda pid: _cpu_s(pid) - used[pid])
     steps = _steps(service)
     # Streams of the other worker go on, and the model with them.
     service.open_gate(1)
@@ -130,6 +142,10 @@ def test_f11_an_http_worker_that_hangs_stalls_nobody_else_and_is_replaced(
     wait_until(lambda: len(service.http_workers() - {victim}) == 2, "another HTTP worker")
     assert model_pid(service) == model
     serving_all(service)
+
+
+def _cpu_s(pid: int) -> float:
+    return sum(psutil.Process(pid).cpu_times()[:2])
 
 
 def _steps(service: Service) -> int:
@@ -149,7 +165,9 @@ def test_f12_the_death_of_the_arbiter_is_told_and_nothing_is_left_of_a_service_i
     found = finish(row, callers)
     assert len(found["error"]) == LOAD
     service.wait_gone()
-    row.hit = f"none of {len(processes)} processes left after {time.monotonic() - moment:.1f} s"
+    gone_s = time.monotonic() - moment
+    assert gone_s < 10 + LATE_S
+    row.hit = f"none of {len(processes)} processes left after {gone_s:.1f} s"
     row.notes.append("the model is loaded again, by whoever starts the service")
     again = start(port=service.port)
     serving_all(again)
@@ -169,8 +187,12 @@ def test_f12_the_death_of_the_arbiter_leaves_a_pool_of_its_own_and_http_is_back_
     assert len(found["error"]) == LOAD
     service.wait_gone_but({pool, model})
     gone_s = time.monotonic() - moment
+    begun = time.monotonic()
     again = start(port=service.port, launch_pool="false")
+    back_s = time.monotonic() - begun
+    assert gone_s < 5 + LATE_S
     row.hit = f"its HTTP workers gone after {gone_s:.1f} s; the next arbiter serves with the same pool and model"
+    row.notes.append(f"it answers {back_s:.1f} s after its start")
     assert (again.pool_pid(), model_pid(again)) == (pool, model)
     serving_all(again)
 
@@ -195,6 +217,7 @@ def test_f12_the_death_of_the_pool_is_told_and_it_comes_back_without_an_orphan(
     assert len(found["error"]) == LOAD
     assert service.pool_pid() != pool
     assert service.http_workers() == http_workers
+    assert gone_s < 10 + LATE_S
     row.hit = f"{len(below)} processes gone after {gone_s:.1f} s, a new pool with a model serves after {back_s:.1f} s"
     row.notes.append(f"/readyz said no after {ready.first(503, moment):.1f} s")
 
@@ -254,7 +277,9 @@ def test_f13_a_second_term_stops_sooner_but_one_that_comes_twice_does_not(
     os.kill(service.process.pid, signal.SIGTERM)
     moment = time.monotonic()
     wait_until(lambda: _get(service, "/readyz").status_code == 503, "the end of readiness")
-    wait_until(lambda: time.monotonic() - moment > 3, "a while")
+    # Only now is it certain that the arbiter has begun to stop: from here on it takes what comes as the same stop.
+    begun = time.monotonic()
+    wait_until(lambda: time.monotonic() - begun > 3, "a while")
     assert not any(each.over for each in callers)
     os.kill(service.process.pid, signal.SIGTERM)
     found = finish(row, callers)
@@ -386,7 +411,7 @@ def _accepts(port: int, service: Service) -> bool:
 
 
 def test_f17_one_of_two_devices_is_lost_and_the_other_serves(start: Callable[..., Service], row: Row) -> None:
-    service = start(SCRIPTED_WORKERS=2)
+    service = start(POOL_WORKERS=2)
     wait_until(lambda: all(each.state == "ready" for each in service.pool_status().workers), "both model workers")
     callers = call(url(service), LOAD)
     lost_device(service.directory, 1).touch()
@@ -475,5 +500,4 @@ def test_f19_ready_is_true_exactly_while_a_token_can_be_produced(start: Callable
     row.hit = (
         f"not ready {death_s:.1f} s after the death and {hang_s:.1f} s after the stop, by {len(ready.samples)} samples"
     )
-    # Two seconds are the promise; a machine that is shared may make it late.
-    assert max(death_s, hang_s) < 2 + PATIENCE / 4
+    assert max(death_s, hang_s) < 2 + LATE_S

@@ -136,13 +136,13 @@ def test_a_death_is_noticed_even_if_a_process_of_the_engine_holds_the_pipe(start
 def test_a_model_that_cannot_be_served_ends_the_pool_with_one_line_for_the_arbiter(start_pool):
     pool = start_pool("--model", "scripted:fatal", lifeline=True)
     assert pool.process.wait(20) == 2
-    assert pool.lifeline.recv(1000) == b"FATAL this model cannot be served\n"
+    assert pool.lifeline.recv(1000) == b"FATAL 2 this model cannot be served\n"
 
 
 def test_a_model_that_dies_while_loading_again_and_again_ends_the_pool(start_pool):
     pool = start_pool("--model", "scripted:crash", "--backoff", "0.01", lifeline=True)
-    assert pool.process.wait(30) == 2
-    assert pool.lifeline.recv(1000) == b"FATAL exited with code 9\n"
+    assert pool.process.wait(30) == 1
+    assert pool.lifeline.recv(1000) == b"FATAL 1 exited with code 9\n"
     assert pool.log.count("next_start_s=") == 5
 
 

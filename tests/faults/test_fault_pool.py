@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -99,9 +100,20 @@ def test_a_second_term_or_the_end_of_the_time_for_draining_stops_at_once(start_p
 
 
 def test_nothing_is_left_in_shared_memory_after_an_orderly_end(start_pool):
-    before = set(os.listdir("/dev/shm"))  # noqa: PTH208
     pool = start_pool(lifeline=True)
     pool.connect(workers=1)
+    used = {path for pid in (pool.process.pid, *descendants(pool.process.pid)) for path in shared_memory(pid)}
+    assert used
+    assert all(map(Path.exists, used))
     pool.lifeline.close()
     pool.process.wait(10)
-    wait_until(lambda: not set(os.listdir("/dev/shm")) - before, "the semaphores' end")  # noqa: PTH208
+    wait_until(lambda: not any(map(Path.exists, used)), "the semaphores' end")
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """The files in shared memory that the process has mapped; those of other processes are none of our business.
+
+    Who makes a semaphore has it mapped under a name that it had for a moment; who opens it, under its own.
+    """
+    paths = (line.partition("/dev/shm/")[2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return {Path("/dev/shm", path) for path in paths if path and not path.endswith("(deleted)")}

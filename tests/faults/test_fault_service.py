@@ -94,7 +94,7 @@ def test_kill_9_of_the_pool_ends_open_streams_with_an_error_and_the_service_come
     wait_dead([pool, model], 5)
     service.wait_ready()
     assert service.pool_pid() != pool
-    # Each HTTP worker dials again after a pause of its own, at most 2 s, and answers 503 until then.
+    # Each HTTP worker dials again after a pause of its own, at most 0.2 s, and answers 503 until then.
     wait_until(lambda: service.get("/?prompt=0&max_tokens=1")[0] == 200, "an HTTP worker with a line to the pool", 5)
     wait_until(lambda: all(service.get("/?prompt=0&max_tokens=1")[0] == 200 for _ in range(8)), "all of them", 5)
     assert_serving(service)
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_nothing(start_service):
 
 
 def test_ctrl_c_while_the_model_loads_leaves_nothing(start_service):
-    service = start_service(SCRIPTED_ENGINE="never_ready")
+    service = start_service(POOL_ENGINE="never_ready")
     wait_until(lambda: (service.directory / "pool.sock").exists() and service.pool_status().workers[0].pid, "a worker")
     service.note_processes()
     service.signal_group(signal.SIGINT)
@@ -194,7 +194,7 @@ def test_usr2_hands_the_loaded_model_to_the_new_arbiter(start_service):
 
 
 def test_a_model_that_cannot_be_served_stops_the_service_with_code_2_and_one_line(start_service):
-    service = start_service(SCRIPTED_ENGINE="fatal")
+    service = start_service(POOL_ENGINE="fatal")
     assert service.process.wait(30) == 2
     assert "Reason: this model cannot be served" in service.log
     assert "Traceback" not in service.log

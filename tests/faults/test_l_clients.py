@@ -325,6 +325,8 @@ def storm(row: Row, clients: int, at_once: int, seed: int) -> None:
         threads_left = sum(each.num_threads() for each in workers)
         same = (after.pid, http_workers(rig)) == (idle.pid, workers)
     assert same, "a process died"
+    # A second and a step are the promise; a machine that is shared may make it late.
+    assert freed_s < 1 + 10, freed_s
     assert all(left.values()), left
     assert [each.texts for each in again] == [each.texts for each in settled]
     assert after.stats is not None

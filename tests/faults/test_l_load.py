@@ -231,10 +231,21 @@ def saturate(row: Row, clients: int, tokens: int, *, goodput: float) -> None:
             "response": [lambda response: answers.append((response.status_code, response.headers.get("retry-after")))]
         }
 
+        # To make a client takes longer than to serve it: those made at once would not ask at once.
+        made = [
+            openai.OpenAI(
+                base_url=f"{rig.url}/v1",
+                api_key="none",
+                http_client=httpx.Client(event_hooks=hooks, timeout=120, verify=False),
+            )
+            for _ in range(clients)
+        ]
+        assert {each.max_retries for each in made} == {2}
+        all_there = threading.Barrier(clients, timeout=120)
+
         def client(number: int) -> None:
-            with httpx.Client(event_hooks=hooks, timeout=120) as http:
-                one = openai.OpenAI(base_url=f"{rig.url}/v1", api_key="none", http_client=http)
-                assert one.max_retries == 2
+            with made[number] as one:
+                all_there.wait()
                 body = story(number, max_tokens=tokens)
                 extra = {name: body[name] for name in ("ignore_eos", "repetition_penalty")}
                 try:

@@ -29,7 +29,7 @@ class Platform(Service):
         self.port = free_port()
         self.log_path = directory / "platform.log"
         procfile = (ROOT / "Procfile").read_text()
-        scripted = "tests/faults/gunicorn_scripted.conf.py tests.faults.stream_app:application"
+        scripted = "tests/faults/gunicorn_pool.conf.py tests.faults.stream_app:application"
         assert procfile.count(" -c gunicorn.conf.py") == 1
         procfile = procfile.replace(" -c gunicorn.conf.py", f" -c {scripted}")
         (directory / "Procfile").write_text(procfile)
@@ -120,7 +120,7 @@ def test_honcho_runs_it_and_term_to_all_ends_it_in_order(start):
 
 
 def test_what_cannot_be_served_is_honchos_exit_code_too(start):
-    platform = start(honcho=True, SCRIPTED_ENGINE="fatal")
+    platform = start(honcho=True, POOL_ENGINE="fatal")
     assert platform.process.wait(60) == 2
     assert "this model cannot be served" in platform.log
     wait_dead([pid for pid in platform.seen if alive(pid)])

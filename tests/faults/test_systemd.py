@@ -44,7 +44,7 @@ def model_pid(service: Service) -> int:
 
 
 def test_ready_is_said_when_the_model_answers_and_not_before(start_unit, manager):
-    service = start_unit(SCRIPTED_ENGINE="gated")
+    service = start_unit(POOL_ENGINE="gated")
     loading = manager.wait_said("STATUS", "loading the model: 43 %, reading")
     manager.wait_said("EXTEND_TIMEOUT_USEC")
     manager.wait_said("WATCHDOG", "1", after=loading)
@@ -148,7 +148,7 @@ def test_the_death_of_a_model_worker_and_of_the_pool_are_told(start_unit, manage
 
 
 def test_a_model_that_cannot_be_served_is_named_as_the_reason(start_unit, manager):
-    service = start_unit(SCRIPTED_ENGINE="fatal")
+    service = start_unit(POOL_ENGINE="fatal")
     assert service.process.wait(30) == 2
     stopping = manager.wait_said("STOPPING")
     assert stopping.said["STATUS"] == "stopping: this model cannot be served"
@@ -196,8 +196,8 @@ def test_http_alone_is_ready_when_it_serves_and_says_that_there_is_no_pool(start
 def test_a_pool_of_its_own_speaks_for_itself(manager, directory):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TAILRACE_")}
     environ |= {f"TAILRACE_{name}_DIR": str(directory) for name in ("RUNTIME", "CACHE")} | {"TAILRACE_ONLY_CPU": "1"}
-    environ |= {"NOTIFY_SOCKET": str(manager.path), "SCRIPTED_ENGINE": "gated"} | WATCHDOG
-    command = tied([sys.executable, "-P", "-m", "tests.faults.scripted_pool"])
+    environ |= {"NOTIFY_SOCKET": str(manager.path), "POOL_ENGINE": "gated"} | WATCHDOG
+    command = tied([sys.executable, "-P", "-m", "tests.faults.chosen_pool"])
     pool = subprocess.Popen(command, cwd=ROOT, env=environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     seen = [pool.pid]
     try:

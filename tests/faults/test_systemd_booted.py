@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
@@ -14,15 +15,20 @@ from tests.faults.booted import Machine, why_not
 from tests.workers.pool.harness import wait_until
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
-PORT = free_port()
 MINUTES = 600.0
+
+
+@cache
+def port() -> int:
+    """The port of all services here; chosen when the first one is about to start, for it is nobody's until then."""
+    return free_port()
 
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     if reason := why_not():
         pytest.skip(reason)
-    settings = {"TAILRACE_ONLY_CPU": "true", "TAILRACE_PORT": str(PORT), "TAILRACE_WATCHDOG_S": "5"}
+    settings = {"TAILRACE_ONLY_CPU": "true", "TAILRACE_PORT": str(port()), "TAILRACE_WATCHDOG_S": "5"}
     # Only this test's interpreter needs it: it stands elsewhere than it was built for.
     made = Machine(ROOT, settings | {"LD_LIBRARY_PATH": "/opt/python/lib"})
     yield made
@@ -31,7 +37,7 @@ def machine() -> Iterator[Machine]:
 
 def ask(key: str = "") -> tuple[int, str]:
     """One chat; return status and text."""
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port(), timeout=120)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     body = json.dumps({"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4})
     try:

@@ -78,7 +78,8 @@ class ServingLoop:
         self._compiler = compiler
         self._inbox = inbox
         self._emit = emit
-        self._compiling: set[str] = set()
+        # Jobs at the compiler, each with those of its choices that are not wanted any more.
+        self._compiling: dict[str, set[int]] = {}
         self._executor = ThreadPoolExecutor(1, "grammar")
 
     def run(self) -> None:
@@ -115,23 +116,30 @@ class ServingLoop:
 
     def _take(self, order: Order | Compiled) -> list[Report]:
         if isinstance(order, Compiled):
-            # Gone from the set: it was cancelled meanwhile.
-            if order.job.id not in self._compiling:
+            # Gone from there: it was cancelled meanwhile.
+            dropped = self._compiling.pop(order.job.id, None)
+            if dropped is None:
                 return []
-            self._compiling.remove(order.job.id)
             if isinstance(order.result, OutOfMemory):
                 return [no_memory(order.job.id)]
             if isinstance(order.result, GrammarError):
                 error = order.result
                 message = f"the grammar cannot be used: {error}"
                 return [Failed(id=order.job.id, kind="invalid", message=message, cause="grammar", line=error.line)]
-            return self._engine.submit(order.job, order.result)
+            reports = self._engine.submit(order.job, order.result)
+            for choice in sorted(dropped):
+                reports += self._engine.submit(Cancel(id=order.job.id, choice=choice))
+            return reports
         if isinstance(order, Cancel) and order.choice is None:
-            self._compiling.discard(order.id)
+            self._compiling.pop(order.id, None)
             if order.confirm:
                 return [*self._engine.submit(order), Cancelled(id=order.id)]
+        elif isinstance(order, Cancel) and order.choice is not None and order.id in self._compiling:
+            # The engine does not know the job yet.
+            self._compiling[order.id].add(order.choice)
+            return []
         if isinstance(order, GenerateJob) and order.grammar is not None:
-            self._compiling.add(order.id)
+            self._compiling[order.id] = set()
             self._executor.submit(self._compile, order)
             return []
         return self._engine.submit(order)

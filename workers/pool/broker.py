@@ -6,13 +6,13 @@ from typing import Generic, Literal
 
 from config import logs
 from workers.messages import Cancel, Cancelled, Embedded, Event, Failed, Job, Order, Output, PoolCounters
-from workers.pool.deadlines import Deadlines
+from workers.pool.deadlines import TOO_LATE, Deadlines
 from workers.pool.drain_rate import DrainRate
 from workers.pool.journal import Client, Entry
 from workers.pool.placement import Placement, W
 from workers.pool.poison import Poisons, fingerprint
 from workers.pool.positions import Positions
-from workers.pool.quarantine import PROBATION_TOKENS, Quarantine
+from workers.pool.quarantine import Quarantine
 from workers.pool.waiting import WaitingLine
 
 log = logs.logger("tailrace.pool")
@@ -20,7 +20,6 @@ log = logs.logger("tailrace.pool")
 Kind = Literal["overloaded", "unavailable", "internal"]
 Cause = Literal["poison", "queue_time"]
 
-TOO_LATE = "No model worker was free for this request in time."
 WORKER_FAILED = "The model worker failed; retry the request."
 POISON = "Model workers ended, again and again, when they answered this request: it is not tried any more for now."
 
@@ -216,14 +215,14 @@ class Broker(Generic[W]):
         """The worker is dead: its jobs go back to the head of the queue, in their order, with what they have.
 
         After a second death each is tried alone. The one whose trial ends its worker is what kills, or the one that had
-        its worker for itself both times.
+        its worker for itself both times, and stood in the same place.
         """
         tried = self._quarantine.worker_lost(worker.index)
         alone = self._placement.is_alone(worker.index)
         entries = self._placement.lost(worker.index)
         again, proven = [], []
         for entry in entries:
-            if entry.die(alone, PROBATION_TOKENS) or entry is tried:
+            if entry.die(alone) or entry is tried:
                 proven.append(entry)
             elif entry.deaths > self._max_replays:
                 self._fail(entry, "internal", WORKER_FAILED)

@@ -1,7 +1,7 @@
 """The connections of all HTTP workers: taken in, listened to, written to, and dropped when they are of no use."""
 
 import selectors
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from config import logs
 from workers.messages import ClientMessage
@@ -56,9 +56,6 @@ class Clients:
         for client in list(self._clients):
             self._drop(client)
         self._rendezvous.close()
-
-    def __iter__(self) -> Iterator[Client]:
-        return iter(self._clients)
 
     @property
     def have_unread(self) -> bool:

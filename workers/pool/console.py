@@ -1,7 +1,9 @@
 """What the operator sees while the model loads: a progress bar on a terminal, log lines elsewhere."""
 
+import contextlib
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from config import logs
@@ -16,6 +18,9 @@ log = logs.logger("tailrace.pool")
 class Console:
     """Draws on standard error, from the pool's own loop: no thread, no cursor left hidden.
 
+    The loop must neither wait for a terminal that is stopped (Ctrl-S) nor end with one that is gone: what cannot be
+    drawn is left out, and a terminal that fails is none any more.
+
     ``url`` is where clients reach the service; None for a pool that runs on its own and knows of no HTTP server.
     """
 
@@ -28,10 +33,11 @@ class Console:
 
     def show(self, workers: Sequence[WorkerStatus]) -> None:
         """Show how far each worker is."""
-        if self._terminal:
-            self._draw(workers)
-        else:
+        if not self._terminal:
             self._log(workers)
+        elif _takes_more():
+            with self._perhaps_gone():
+                self._draw(workers)
 
     def ready(self) -> None:
         """Say that the first worker answers: the address, and a command to try."""
@@ -40,14 +46,24 @@ class Console:
             log.info("the pool is ready")
         elif not self._terminal:
             log.info("ready", url=self._url)
-        else:
-            print(_BANNER.format(url=self._url), file=sys.stderr, flush=True)
+        elif _takes_more():
+            with self._perhaps_gone():
+                print(_BANNER.format(url=self._url), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bars away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        progress, self._progress = self._progress, None
+        self._tasks.clear()
+        if progress is not None and _takes_more():
+            with self._perhaps_gone():
+                progress.stop()
+
+    @contextlib.contextmanager
+    def _perhaps_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._terminal, self._progress = False, None
             self._tasks.clear()
 
     def _draw(self, workers: Sequence[WorkerStatus]) -> None:
@@ -79,6 +95,16 @@ class Console:
                 self._logged[worker.index] = step
                 percent = round(worker.progress * 100)
                 log.info("model worker loading", worker=worker.index, stage=worker.stage, percent=percent)
+
+
+def _takes_more() -> bool:
+    """Whether something can be written to standard error without waiting."""
+    room = select.poll()
+    try:
+        room.register(sys.stderr, select.POLLOUT)
+    except (OSError, ValueError):  # no descriptor: nothing to wait for
+        return True
+    return bool(room.poll(0))
 
 
 def _new_progress() -> "Progress":

@@ -6,6 +6,9 @@ from heapq import heapify, heappop, heappush
 _FEW = 64
 
 
+TOO_LATE = "No model worker was free for this request in time."
+
+
 class Deadlines:
     """Ids of jobs, the next one due first. Who has no more need of a deadline stays until it comes, or until there are
     too many of them: ``needed(id)`` tells.

@@ -99,15 +99,16 @@ class Entry:
         """Whether no worker has begun with it, nor died while it had it."""
         return not self.deaths and Started not in self.heard
 
-    def die(self, alone: bool, probation: int) -> bool:
+    def die(self, alone: bool) -> bool:
         """Its worker is dead, and had no other job if ``alone``. Returns whether that proves it to be the cause: it was
-        alone the last time as well, and has not come ``probation`` tokens further since.
+        alone the last time as well, and in the very same place. What kills from outside, twice, hits two places.
         """
-        proven = alone and self.alone and not self.has_come(probation)
+        place = [len(ids) for ids in self.emitted]
+        proven = alone and self.alone and place == self.stood
         self.worker = None
         self.deaths += 1
         self.alone = alone
-        self.stood = [len(ids) for ids in self.emitted]
+        self.stood = place
         return proven
 
     def has_come(self, tokens: int) -> bool:

@@ -6,6 +6,7 @@ waits. Liveness is a socket's end, never a pid: the arbiter collects every child
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -32,6 +33,9 @@ POOL_COMMAND = [sys.executable, "-P", "-m", "workers"]
 # How a re-executed arbiter (USR2) gets to know the pool of its predecessor: "descriptor,pid".
 HANDOVER_VARIABLE = "_TAILRACE_LIFELINE"
 
+# A pool that gives up says with which exit code, and why.
+_LAST_WORDS = re.compile(r"FATAL (\d) (.*)")
+
 _HELD_SIGNALS = {
     signal.SIGINT,
     signal.SIGTERM,
@@ -43,7 +47,11 @@ _HELD_SIGNALS = {
 
 
 class PoolGaveUp(Exception):
-    """The pool has ended for good; the text says why."""
+    """The pool has ended, and another one would do no better now; the text says why. ``code`` is its exit code."""
+
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Process(Protocol):
@@ -90,7 +98,7 @@ class PoolKeeper:
     # The pool says how it is about each second. After so long it counts as stuck, and after so long it is killed.
     stale_s = 10.0
     silent_s = 30.0
-    # Its first word comes when its settings are checked and its socket is there.
+    # Its first word comes when its settings are checked and its socket is there; one that says none is killed as well.
     first_word_s = 120.0
     # If the arbiter itself was not run for so long (all was stopped and goes on), silence proves nothing.
     pause_s = 5.0
@@ -118,7 +126,7 @@ class PoolKeeper:
         self._pid: int | None = None
         self._foreign: socket.socket | None = None
         self._heard = b""
-        self._fatal: str | None = None
+        self._gave_up: PoolGaveUp | None = None
         self._bulletin: Bulletin | None = None
         self._heard_at = 0.0
         self._tended_at = clock()
@@ -239,7 +247,7 @@ class PoolKeeper:
             theirs.close()
         ours.setblocking(False)
         self._lifeline, self._pid = ours, self._process.pid
-        self._heard, self._fatal, self._bulletin = b"", None, None
+        self._heard, self._gave_up, self._bulletin = b"", None, None
         self._started_at = self._clock()
         self._log.info("started the pool", pool_pid=self._pid)
 
@@ -250,8 +258,8 @@ class PoolKeeper:
         assert self._lifeline is not None
         self._lifeline.close()
         self._lifeline, self._process, self._pid = None, None, None
-        if self._fatal is not None:
-            raise PoolGaveUp(self._fatal)
+        if self._gave_up is not None:
+            raise self._gave_up
         if self._clock() - self._started_at >= self.steady_s:
             self._deaths = 0
         self._back_off()
@@ -282,8 +290,8 @@ class PoolKeeper:
     def _take_in(self, data: bytes) -> None:
         *lines, self._heard = (self._heard + data)[-65536:].split(b"\n")
         for line in (each.decode(errors="replace") for each in lines):
-            if line.startswith("FATAL "):
-                self._fatal = line.removeprefix("FATAL ")
+            if found := _LAST_WORDS.fullmatch(line):
+                self._gave_up = PoolGaveUp(found[2], int(found[1]))
             elif bulletin := Bulletin.parse(line):
                 self._bulletin, self._heard_at = bulletin, self._clock()
                 if self._deaths and bulletin.ready and self._clock() - self._started_at >= self.steady_s:
@@ -291,8 +299,11 @@ class PoolKeeper:
 
     def _end_if_silent(self) -> None:
         """Kill a pool that hangs: it would have said something."""
-        silence = self._clock() - self._heard_at
-        if self._bulletin is None or not self.listens or silence <= self.silent_s:
+        now = self._clock()
+        if not self.listens:
+            self._heard_at = now  # what it said was for another one
+        silence = now - max(self._heard_at, self._started_at)
+        if silence <= (self.first_word_s if self._bulletin is None else self.silent_s):
             return
         assert self._pid is not None
         self._log.error("the pool says nothing: killing it", pool_pid=self._pid, seconds=silence)

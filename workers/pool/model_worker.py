@@ -70,6 +70,11 @@ class ModelWorker:
         return self.config.index
 
     @property
+    def loads(self) -> bool:
+        """Whether it is on its way to be ready."""
+        return self.state in ("starting", "loading")
+
+    @property
     def takes_jobs(self) -> bool:
         """Whether a job given to it now would be answered."""
         return self.state == "ready" and not self.dying

@@ -141,11 +141,11 @@ class Quarantine(Generic[W]):
             self.wards[index] = Ward()
 
     def worker_lost(self, index: int) -> Entry | None:
-        """Worker ``index`` is dead; return the job that was tried there."""
+        """Worker ``index`` is dead; return the job that was tried there, unless it had passed."""
         for entry in self._placement.jobs_of(index):
             self._parking.discard(entry.job.id)
         ward = self.wards.get(index)
         if ward is None:
             return None
         self._close(index)
-        return ward.tried
+        return None if ward.leaving else ward.tried

@@ -1,145 +1,31 @@
-"""Requests that outlive their clients: what their jobs produce is written down, and can be read from the start.
+"""Requests that outlive their clients, all of them: founded, read, ended in time, and forgotten."""
 
-A `Room` stands between the journal and the connections: to the broker it is a client like any other. Whoever reads a
-room gets the very events that the first reader got, one by one, so that what the text side makes of them is the same.
-"""
-
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
-
 from config import logs
-from workers.messages import Attach, Cancel, Embedded, Event, Failed, Keep, Kept, Output, PromptLogprobs, Queued
+from workers.messages import Attach, Cancel, Failed, GenerateJob, Keep, Kept, Output
+from workers.pool.deadlines import TOO_LATE
 from workers.pool.journal import Entry
+from workers.pool.room import Reader, Reading, Room, is_full
 
 log = logs.logger("tailrace.pool")
 
 MAX_ROOMS = 1024
 # Of all rooms together: what their notes and events take, about.
 MAX_BYTES = 256 * 1024 * 1024
-# Of one of them. A reader far behind has all of it waiting on the text side.
-MAX_ROOM_BYTES = 64 * 1024 * 1024
-# What a reader that begins late is given in one turn of the pool's loop, and how much of it may wait to be written.
-EVENTS_AT_A_TIME = 512
-MAX_PENDING_BYTES = 1024 * 1024
-
-# About what an event takes in this process, and each log-probability in it.
-_EVENT_BYTES = 320
-_SCORE_BYTES = 120
-
-
-class Reader(Protocol):
-    """The connection of somebody who reads. ``pending`` are bytes that wait to be written to it."""
-
-    pending: bytearray
-
-    def post(self, event: Event) -> None: ...
+# The text side keeps the whole request in its note. What is larger is answered once.
+MAX_NOTE_BYTES = 2 * 1024 * 1024
+GIVEN_UP = "The request was given up; send it again."
 
 
 class Jobs(Protocol):
     """The side of the broker that a room needs."""
 
-    def cancel(self, client: "Room", cancel: Cancel) -> None: ...
-    def client_gone(self, client: "Room") -> None: ...
-
-
-class Reading:
-    """Somebody reads ``room`` on ``connection``, where its events have ``alias`` in place of the request's id."""
-
-    __slots__ = ("alias", "at", "behind", "connection", "room")
-
-    def __init__(self, room: "Room", connection: Reader, alias: str) -> None:
-        self.room = room
-        self.connection = connection
-        self.alias = alias
-        # How many events of the log it has, as long as it has not caught up.
-        self.at = 0
-        self.behind = False
-
-    def tell(self, event: Event) -> None:
-        """Send an event under the reader's name for it."""
-        request = self.room.id
-        if self.alias != request:
-            event = msgspec.structs.replace(event, id=self.alias + event.id[len(request) :])
-        self.connection.post(event)
-
-    def catch_up(self) -> bool:
-        """Send the next part of what it has missed; return whether it has everything now."""
-        if len(self.connection.pending) < MAX_PENDING_BYTES:
-            part = self.room.log[self.at : self.at + EVENTS_AT_A_TIME]
-            for event in part:
-                self.tell(event)
-            self.at += len(part)
-            self.behind = self.at < len(self.room.log)
-        return not self.behind
-
-
-class Room:
-    """One kept request, as the broker's client: ``jobs`` are those of its jobs that live.
-
-    ``lonely_since``: when its last reader left; ``ended_at``: when its last job ended; None as long as that is not so.
-    """
-
-    def __init__(self, keep: Keep, found_by: Reader) -> None:
-        self.id = keep.id
-        self.owner = keep.owner
-        self.key = keep.key
-        self.digest = keep.digest
-        self.note = keep.note
-        self.jobs: dict[str, Entry] = {}
-        self.log: list[Event] = []
-        self.bytes = len(keep.note) + _EVENT_BYTES
-        self.readings: list[Reading] = [Reading(self, found_by, keep.id)]
-        self.had_jobs = False
-        self.failed = False
-        self.overflown = False
-        self.lonely_since: float | None = None
-        self.ended_at: float | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether all has been said. The jobs of one request come together, so none is still to come."""
-        return self.had_jobs and not self.jobs
-
-    def post(self, event: Event) -> None:
-        """Write an event down, and pass it on to those who have all that came before it."""
-        if type(event) is not Queued:
-            self._write_down(event)
-        for reading in self.readings:
-            if not reading.behind:
-                reading.tell(event)
-
-    def _write_down(self, event: Event) -> None:
-        if type(event) is Failed:
-            self.failed = True
-        if self.overflown:
-            return
-        self.log.append(event)
-        size = _EVENT_BYTES
-        if isinstance(event, Output | PromptLogprobs):
-            if event.logprobs:
-                size += _SCORE_BYTES * sum(1 + len(scores.top) for scores in event.logprobs)
-        elif isinstance(event, Embedded):
-            size += len(event.vector)
-        self.bytes += size
-        if self.bytes > MAX_ROOM_BYTES:
-            self._overflow()
-
-    def _overflow(self) -> None:
-        """Too much to keep: those who have all of it read on, and nobody can begin any more."""
-        self.overflown = True
-        self.log.clear()
-        self.bytes = 0
-        for reading in [reading for reading in self.readings if reading.behind]:
-            reading.behind = False
-            reading.tell(Failed(id=self.id, kind="internal", message="The answer is too long to be read again."))
-            self.readings.remove(reading)
-
-    def find(self, connection: Reader, alias: str) -> Reading | None:
-        """Return who reads under this name, or None."""
-        return next((each for each in self.readings if each.alias == alias and each.connection is connection), None)
+    def cancel(self, client: Room, cancel: Cancel) -> None: ...
+    def client_gone(self, client: Room) -> None: ...
 
 
 class Rooms:
@@ -169,15 +55,16 @@ class Rooms:
         if known is not None and (known.failed or known.overflown):
             self._settle(known)
         elif known is not None:
-            return Kept(id=keep.id, request=known.id, digest=known.digest, note=known.note)
-        if self._window_s <= 0 or keep.id in self._rooms or not self._make_place():
+            return Kept(id=keep.id, request=known.id, digest=known.digest)
+        too_much = len(keep.note) > MAX_NOTE_BYTES or self._has_enough(keep)
+        if self._window_s <= 0 or too_much or keep.id in self._rooms or not self._make_place():
             return Kept(id=keep.id, request="")
-        room = Room(keep, client)
+        room = Room(keep, client, lambda reading: self._behind.append(reading), self._clock())
         self._rooms[room.id] = room
         if room.key:
             self._keys[room.owner, room.key] = room
         self._readings.setdefault(client, {})[room.id] = room.readings[0]
-        return Kept(id=keep.id, request=room.id, digest=room.digest, note=room.note)
+        return Kept(id=keep.id, request=room.id)
 
     def attach(self, client: Reader, attach: Attach) -> None:
         """Let ``client`` read a room from its first event on; one of another owner is none."""
@@ -186,27 +73,29 @@ class Rooms:
         if room is None or room.owner != attach.owner or room.overflown or taken:
             client.post(Kept(id=attach.alias, request=""))
             return
-        client.post(Kept(id=attach.alias, request=room.id, digest=room.digest, note=room.note))
         reading = Reading(room, client, attach.alias)
-        reading.behind = True
+        reading.behind, reading.greeted = True, False
         room.readings.append(reading)
         room.lonely_since = None
         self._readings.setdefault(client, {})[attach.alias] = reading
         self._behind.append(reading)
 
-    def room_of(self, client: Reader, request: str) -> Room | None:
-        """Return the room that ``client`` founded for ``request``, as the one that its jobs are submitted by."""
-        reading = self._readings.get(client, {}).get(request)
-        if reading is None or reading.room.id != request:
+    def room_for(self, client: Reader, job: GenerateJob) -> Room | None:
+        """Return the room that ``client`` founded for the request that ``job`` is the next of, as who submits it.
+
+        None if there is none any more, or one of its jobs has failed: then nobody wants this one.
+        """
+        reading = self._readings.get(client, {}).get(job.kept)
+        if reading is None or not reading.is_founders or reading.room.expected <= 0:
             return None
-        reading.room.had_jobs = True
-        return reading.room
+        reading.room.expected -= 1
+        return None if reading.room.failed else reading.room
 
     def cancel(self, client: Reader, cancel: Cancel) -> bool:
         """End a reading, or a choice of the request; return False if it is none of this client's readings.
 
         A choice ends for all who read, for they all find the same reason for it. The log says so, in case that they do
-        not: where a reader's time was over.
+        not: where the request's time was over.
         """
         alias, slash, place = cancel.id.partition("/")
         reading = self._readings.get(client, {}).get(alias)
@@ -216,12 +105,29 @@ class Rooms:
         if cancel.choice is None:
             self._end_reading(reading)
             return True
-        job_id = room.id + slash + place
-        entry = room.jobs.get(job_id)
-        if entry is not None and cancel.choice not in entry.finished:
-            self._broker.cancel(room, Cancel(id=job_id, choice=cancel.choice))
-            room.post(Output(id=job_id, choice=cancel.choice, finish_reason="length"))
+        entry = room.jobs.get(room.id + slash + place)
+        if entry is not None:
+            self._cut(room, entry, cancel.choice)
         return True
+
+    def _cut(self, room: Room, entry: Entry, choice: int) -> None:
+        """End a choice where it is."""
+        if choice not in entry.finished:
+            job_id = entry.job.id
+            self._broker.cancel(room, Cancel(id=job_id, choice=choice))
+            room.post(Output(id=job_id, choice=choice, finish_reason="length", cut=True))
+
+    def _end_time(self, room: Room) -> None:
+        """The request's time is over. Its readers, if it has any, find so too; they do the same."""
+        room.over_at = math.inf
+        if any(entry.started for entry in room.jobs.values()) or any(type(event) is Output for event in room.log):
+            for entry in list(room.jobs.values()):
+                for choice in range(len(entry.emitted)):
+                    self._cut(room, entry, choice)
+        elif room.jobs:
+            name = next(iter(room.jobs))
+            self._broker.client_gone(room)
+            room.post(Failed(id=name, kind="overloaded", message=TOO_LATE, cause="queue_time"))
 
     def client_gone(self, client: Reader) -> None:
         """The connection is closed, and with it all that was read there."""
@@ -233,12 +139,25 @@ class Rooms:
     @property
     def busy(self) -> bool:
         """Whether somebody who reads has not caught up and could be given more."""
-        return any(len(reading.connection.pending) < MAX_PENDING_BYTES for reading in self._behind)
+        return any(not is_full(reading.connection) for reading in self._behind)
 
     def pump(self) -> None:
-        """Give those who began late more of what they have missed."""
-        if self._behind:
-            self._behind = [reading for reading in self._behind if reading.behind and not self._catch_up(reading)]
+        """Give those who are behind more of what they have missed: one on each connection, who is the last then."""
+        if not self._behind:
+            return
+        served: set[Reader] = set()
+        waiting: list[Reading] = []
+        go_on: list[Reading] = []
+        for reading in self._behind:
+            if not reading.behind:
+                continue
+            if reading.connection in served or is_full(reading.connection):
+                waiting.append(reading)
+            else:
+                served.add(reading.connection)
+                if not self._catch_up(reading):
+                    go_on.append(reading)
+        self._behind = waiting + go_on
 
     def _catch_up(self, reading: Reading) -> bool:
         done = reading.catch_up()
@@ -253,6 +172,8 @@ class Rooms:
             if room.failed and room.jobs:
                 # One job's failure is the end of the whole request.
                 self._broker.client_gone(room)
+            if now >= room.over_at:
+                self._end_time(room)
             if room.ended and room.ended_at is None:
                 room.ended_at = now
                 self._settle(room)
@@ -269,7 +190,7 @@ class Rooms:
             self._forget(oldest)
         if bytes_kept > MAX_BYTES:
             largest = max(self._rooms.values(), key=lambda room: room.bytes)
-            largest._overflow()
+            largest.overflow()
             self._settle(largest)
 
     # --- beginnings and ends ------------------------------------------------------------------------------------------
@@ -291,9 +212,9 @@ class Rooms:
         reading.behind = False
         if reading in room.readings:
             room.readings.remove(reading)
-        if not room.had_jobs:
-            # Its founder was refused, or is gone, before it had anything to ask.
-            if reading.alias == room.id:
+        if room.expected:
+            # Its founder was refused, or is gone, before it had asked everything.
+            if reading.is_founders:
                 self._forget(room)
         elif not room.readings:
             room.lonely_since = self._clock()
@@ -307,7 +228,7 @@ class Rooms:
         if self._keys.get((room.owner, room.key)) is room:
             del self._keys[room.owner, room.key]
         if not room.ended:
-            room.post(Failed(id=room.id, kind="unavailable", message="The request was given up; send it again."))
+            room.post(Failed(id=room.id, kind="unavailable", message=GIVEN_UP))
         self._broker.client_gone(room)
         for reading in room.readings:
             if not reading.behind:
@@ -320,6 +241,12 @@ class Rooms:
             del own[reading.alias]
             if not own:
                 del self._readings[reading.connection]
+
+    def _has_enough(self, keep: Keep) -> bool:
+        """Whether the owner has as many that go on as it may: the door counts only those that have a client."""
+        if not keep.most:
+            return False
+        return sum(room.owner == keep.owner and not room.ended for room in self._rooms.values()) >= keep.most
 
     def _make_place(self) -> bool:
         """Return whether another room may be founded, for which one that has ended may have to go."""

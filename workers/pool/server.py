@@ -16,7 +16,9 @@ from workers.messages import (
     Attach,
     Cancel,
     ClientMessage,
+    Failed,
     GenerateJob,
+    Job,
     Keep,
     LogAs,
     PoolCounters,
@@ -30,7 +32,8 @@ from workers.pool.clients import Clients
 from workers.pool.incarnation import Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker
 from workers.pool.rendezvous import Rendezvous
-from workers.pool.rooms import Rooms
+from workers.pool.room import Room
+from workers.pool.rooms import GIVEN_UP, Rooms
 from workers.pool.signals import SignalPipe
 from workers.pool.supervisor import Supervisor
 from workers.wire import encode
@@ -38,6 +41,8 @@ from workers.wire import encode
 log = logs.logger("tailrace.pool")
 
 EXIT_OK = 0
+# The model could not be loaded, again and again, for reasons that may pass: systemd tries the service again.
+EXIT_GIVEN_UP = 1
 # What the operator's configuration makes impossible. Never 3 or 4, which mean something to gunicorn.
 EXIT_FATAL = 2
 
@@ -78,7 +83,7 @@ class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pool:
-    """Everything of the pool put together. `run` returns the process's exit code.
+    """Everything of the pool put together. `run` returns the process's exit code; the arbiter is told it as well.
 
     ``lifeline`` is one end of a socket pair whose other end only the arbiter holds: its end means stop at once. With a
     lifeline, INT and TERM are the arbiter's business (they reach the whole group on Ctrl-C and on some platforms, and
@@ -144,7 +149,8 @@ class Pool:
             gone=self._client_gone,
         )
         self._signals = SignalPipe()
-        self._fatal: str | None = None
+        # Why it gives up, and the exit code that says whether for good.
+        self._given_up: tuple[str, int] | None = None
         self._stop_at: float | None = None
         self._stopping = False
         self._look_at = 0.0
@@ -170,10 +176,10 @@ class Pool:
             self._clients.close()
             self._signals.close()
             select.close()
-        if self._fatal is not None:
-            self._tell_arbiter(self._fatal)
-            return EXIT_FATAL
-        return EXIT_OK
+        if self._given_up is None:
+            return EXIT_OK
+        self._tell_arbiter(*self._given_up)
+        return self._given_up[1]
 
     def _turn(self) -> None:
         """Wait for something to happen, take all of it in, then send out what follows from it.
@@ -227,7 +233,7 @@ class Pool:
         if self._stopping:
             return
         if (failure := self._supervisor.failure) is not None:
-            self._fatal = failure
+            self._given_up = failure, EXIT_FATAL if self._supervisor.failed_for_good else EXIT_GIVEN_UP
             self._stop("No model worker is running.")
         elif self._stop_at is not None and (now >= self._stop_at or (self._broker.draining and not self._unfinished)):
             self._stop("The server is shutting down.")
@@ -289,12 +295,12 @@ class Pool:
         log.info("the arbiter is gone or has let go: stopping")
         self._stop("The server is shutting down.")
 
-    def _tell_arbiter(self, message: str) -> None:
+    def _tell_arbiter(self, message: str, code: int) -> None:
         line = " ".join(message.split())
         log.error("giving up", reason=line)
         if self._lifeline is not None:
             with contextlib.suppress(OSError):
-                self._lifeline.send(f"FATAL {line}\n".encode())
+                self._lifeline.send(f"FATAL {code} {line}\n".encode())
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -309,11 +315,18 @@ class Pool:
             client.post(self._rooms.keep(client, message))
         elif isinstance(message, Attach):
             self._rooms.attach(client, message)
+        elif isinstance(message, GenerateJob) and message.kept:
+            room = self._rooms.room_for(client, message)
+            if room is None:
+                client.post(Failed(id=message.id, kind="unavailable", message=GIVEN_UP))
+            else:
+                self._submit(room, message)
         else:
-            kept = message.kept if isinstance(message, GenerateJob) else ""
-            owner = (self._rooms.room_of(client, kept) if kept else None) or client
-            if not self._broker.submit(owner, message):
-                raise Gone("used a job's id twice")
+            self._submit(client, message)
+
+    def _submit(self, owner: Client | Room, job: Job) -> None:
+        if not self._broker.submit(owner, job):
+            raise Gone("used a job's id twice")
 
     def _client_gone(self, client: Client) -> None:
         """Nobody is left to read the answers on this connection."""

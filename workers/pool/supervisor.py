@@ -22,6 +22,7 @@ from workers.messages import (
     Stats,
     WorkerStatus,
 )
+from workers.pool.bulletin import LONGEST_SILENT_LOAD_S
 from workers.pool.incarnation import Ended, Incarnation, Life
 from workers.pool.model_worker import Limits, ModelWorker, State
 
@@ -84,11 +85,16 @@ class Supervisor:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing will ever work as configured: every worker failed, or none could even be loaded."""
+        """Why this pool gives up: every worker failed, or none could even be loaded."""
         never_loaded = all(worker.card_path is None for worker in self.workers)
-        if all(worker.state == "failed" for worker in self.workers) or (never_loaded and self.hopeless):
+        if self.failed_for_good or (never_loaded and self.hopeless):
             return next((worker.stage for worker in self.workers if worker.state == "failed"), self.workers[0].stage)
         return None
+
+    @property
+    def failed_for_good(self) -> bool:
+        """Whether another start of everything would end no better. After deaths it may: of memory, of a driver."""
+        return all(worker.state == "failed" for worker in self.workers)
 
     @property
     def stopped(self) -> bool:
@@ -158,6 +164,8 @@ class Supervisor:
         if now - self._last_tend > self._limits.pause_s:
             for worker in self.workers:
                 worker.owes_since = None
+                if worker.loads:
+                    worker.last_progress = now
         self._last_tend = now
         for worker in self.workers:
             if worker.life is None:
@@ -235,6 +243,10 @@ class Supervisor:
         That the work was withdrawn meanwhile proves nothing: a worker that stands still does not hear of it, and one
         that does not says so soon.
         """
+        if worker.loads and now - worker.last_progress > LONGEST_SILENT_LOAD_S:
+            self._end(
+                worker, f"gave no sign for {now - worker.last_progress:.0f} s while it was loading and was killed"
+            )
         if worker.state not in ("ready", "hung"):
             return
         if worker.owes_since is None:

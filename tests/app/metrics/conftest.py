@@ -15,6 +15,7 @@ Promtool = Callable[..., "subprocess.CompletedProcess[str]"]
 def promtool() -> Promtool:
     path = PROMTOOL.path()
     if path is None:
+        assert PROMTOOL.may_be_missing, "apt-get has not brought promtool"
         pytest.skip("no promtool: `make test` fetches it from Debian's package where apt-get can")
 
     def run(*words: str | Path, given: str = "") -> "subprocess.CompletedProcess[str]":

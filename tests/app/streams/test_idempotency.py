@@ -250,3 +250,13 @@ def test_what_goes_on_without_its_client_is_charged_in_full(keyed: Workers) -> N
     next(answer.iter_encoded())
     answer.close()
     assert left(one) < 1000 - 290
+
+
+def test_no_more_of_a_key_go_on_without_a_client_than_it_may_have_open(keyed: Workers) -> None:
+    one, _, pool = keyed
+    for number in range(3):
+        answer = one.post(CHAT, json={**STREAM, "max_tokens": 9, "resumable": True}, headers=ALICE)
+        pool.next_job(number + 1)
+        next(answer.iter_encoded())
+        assert ("X-Tailrace-Stream" in answer.headers) == (number < 2)
+        answer.close()

@@ -423,3 +423,32 @@ def test_a_stored_completion_is_stored_once_whoever_reads_its_end(workers: Worke
     stored = one.get(CHAT).get_json()["data"]
     assert [each["id"] for each in stored] == [job.id]
     assert stored[0]["choices"][0]["message"]["content"] == "Hello"
+
+
+def test_a_request_whose_time_is_over_while_nobody_reads_it_ends_and_says_so_to_who_comes_back() -> None:
+    clock = Clock()
+    with two_workers(window_s=60.0, clock=clock) as (one, other, pool):
+        response = ask(one, "chat", **{"X-Request-Timeout": "20"})
+        parts = response.iter_encoded()
+        job = pool.next_job()
+        pool.send(Started(id=job.id), Output(id=job.id, ids=ids_of("One two")))
+        name = stream_id(read(parts, "content"))
+        response.close()
+        eventually(lambda: pool.rooms._rooms[job.id].lonely_since is not None)
+        clock.now += 21
+        pool.tend()
+        again = numbered_events(other.get(f"/v1/streams/{name}").text)
+        text = "".join(str(each) for each in again)
+        assert again[-1][2] == "[DONE]"
+        assert "'length'" in text or '"length"' in text
+        assert "after 20 seconds" in text
+
+
+def test_a_deadline_is_told_in_the_same_words_when_it_is_read_again(workers: Workers) -> None:
+    one, other, pool = workers
+    response = ask(one, "n", **{"X-Request-Timeout": "0.3"})
+    job = pool.next_job()
+    pool.send(Started(id=job.id), *(Output(id=job.id, choice=choice, ids=ids_of("One")) for choice in range(3)))
+    first = response.text
+    assert "after 0.3 seconds" in first
+    assert events_of(other.get(f"/v1/streams/{stream_id(first)}").text) == events_of(first)

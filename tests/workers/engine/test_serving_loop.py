@@ -38,3 +38,21 @@ def test_a_confirmed_cancel_is_the_last_word_about_its_job(
     assert isinstance(reports[places[-1]], Cancelled)
     assert not any(isinstance(reports[place], Output) and reports[place].finish_reason for place in places)
     assert Cancelled(id="unknown") in reports
+
+
+def test_a_choice_that_is_cancelled_while_the_grammar_is_compiled_is_never_generated(
+    engine: Engine, compiler: GrammarCompiler
+) -> None:
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    reports: list[Any] = []
+
+    def emit(batch: list[Any]) -> None:
+        reports.extend(batch)
+        if {r.choice for r in reports if isinstance(r, Output) and r.finish_reason} >= {0, 2}:
+            inbox.put(None)
+
+    # As the pool sends it after a death: the job, and what its client has enough of.
+    inbox.put(job("some", [30, 31], 60, n=3, grammar=JSON))
+    inbox.put(Cancel(id="some", choice=1))
+    ServingLoop(engine, compiler, inbox, emit).run()
+    assert {r.choice for r in reports if isinstance(r, Output)} == {0, 2}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -37,12 +38,13 @@ PATIENCE = 20.0
 _numbers = itertools.count(1)
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Return when ``condition`` holds; fail after ``seconds``."""
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """Return the condition's value as soon as it is true; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for {what}"
         time.sleep(0.01)
+    return value
 
 
 def job(prompt: list[int], max_tokens: int = 20, *, n: int = 1, seed: int = 0, salt: str = "") -> GenerateJob:
@@ -173,10 +175,11 @@ class Connection:
         self.wait(lambda: len(self.tokens(wanted, choice)) >= count, f"{count} tokens of {wanted.id}")
 
     def wait_answer(self, *jobs: GenerateJob) -> None:
-        """Wait until each job has ended, well or badly."""
+        """Wait until each job has ended, well or badly; there may be some lives of a worker, and trials, in between."""
         self.wait(
             lambda: all(self.failure(each) or len(self.finish_reasons(each)) == each.n for each in jobs),
             f"the end of {[each.id for each in jobs]}",
+            3 * PATIENCE,
         )
 
     def close(self) -> None:

@@ -94,14 +94,16 @@ def test_a_dead_pool_comes_back_at_once_and_then_with_growing_pauses(directory):
     assert bench.pause_until_next() == 0
 
 
-def test_last_words_of_a_pool_that_gave_up_are_passed_on_even_in_pieces(directory):
+@pytest.mark.parametrize("code", [1, 2])
+def test_last_words_of_a_pool_that_gave_up_are_passed_on_even_in_pieces(directory, code):
     bench = Bench(directory)
     bench.keeper.tend()
-    bench.pools[0].end.sendall(b"FATAL no su")
+    bench.pools[0].end.sendall(b"FATAL %d no su" % code)
     bench.keeper.tend()
     bench.pools[0].die(b"ch file\n")
-    with pytest.raises(PoolGaveUp, match=r"^no such file$"):
+    with pytest.raises(PoolGaveUp, match=r"^no such file$") as gave_up:
         bench.keeper.tend()
+    assert gave_up.value.code == code
 
 
 def test_a_forked_http_worker_lets_go_of_the_lifeline(directory):
@@ -226,3 +228,29 @@ def test_a_successor_hears_nothing_of_the_pool_while_its_predecessor_lives_but_s
     bench.pools[0].die(b"unheard")
     bench.keeper.tend()
     assert len(bench.pools) == 2
+
+
+def test_a_pool_that_never_says_a_word_is_killed(directory, monkeypatch):
+    killed = []
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: killed.append((pid, number)))
+    bench = Bench(directory)
+    bench.now = 1000.0
+    while not killed:
+        bench.now += 1.0
+        bench.keeper.tend()
+        assert bench.now <= 1002.0 + bench.keeper.first_word_s
+    assert killed == [(4711, signal.SIGKILL)]
+    assert bench.now > 1001.0 + bench.keeper.first_word_s
+
+
+def test_a_successor_that_has_waited_long_for_its_predecessors_end_kills_nobody(directory, monkeypatch):
+    monkeypatch.setattr("workers.pool.keeper.os.kill", lambda pid, number: pytest.fail("killed"))
+    bench = Bench(directory)
+    bench.keeper.tend()
+    bench.keeper.listens = False
+    for _ in range(2 * int(bench.keeper.first_word_s)):
+        bench.now += 1.0
+        bench.keeper.tend()
+    bench.keeper.listens = True
+    bench.now += 1.0
+    bench.keeper.tend()

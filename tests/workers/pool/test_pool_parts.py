@@ -1,5 +1,6 @@
 """The small parts of the pool, each by itself."""
 
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import selectors
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from config.settings import Settings
-from tests.workers.pool.harness import job, wait_until
+from tests.workers.pool.harness import ROOT, job, wait_until
 from workers import entry
 from workers.entry import ReportPipe
 from workers.messages import (
@@ -348,6 +350,39 @@ def test_without_a_terminal_there_are_a_few_log_lines(caplog):
     assert caplog.records[-1].__dict__["fields"] == {"url": "http://h:1"}
 
 
+def test_a_terminal_that_is_gone_ends_the_drawing_and_nothing_else(monkeypatch):
+    master, terminal = os.openpty()
+    with open(terminal, "w") as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", screen)
+        console = Console("http://h:1")
+        console.show([status("loading", 0.1)])
+        os.close(master)
+        console.show([status("loading", 0.2)])
+        console.ready()
+        console.close()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            screen.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_terminal_that_is_stopped_holds_nobody_up(monkeypatch):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b" " * 65536)
+    os.set_blocking(writing, True)
+    with open(writing, "w") as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", screen)
+        console = Console("http://h:1", terminal=True)
+        console.show([status("loading", 0.1)])
+        console.ready()
+        console.close()
+        monkeypatch.undo()
+        os.close(reading)
+
+
 # --- where the pool is found ------------------------------------------------------------------------------------------
 
 
@@ -374,3 +409,13 @@ def test_a_pool_that_cannot_listen_again_goes_on_and_tries_later(tmp_path):
         caller.connect(str(place / "pool.sock"))
         assert selector.select(5.0)
     clients.close()
+
+
+def test_a_worker_that_cannot_read_its_orders_any_more_ends():
+    script = (
+        "import queue; from workers import entry; orders = queue.SimpleQueue(); orders.put(b'\\xc1');"
+        "entry._read_jobs(orders, queue.SimpleQueue())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "orders cannot be read any more" in done.stderr + done.stdout

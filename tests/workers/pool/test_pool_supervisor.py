@@ -6,6 +6,7 @@ import pytest
 
 from workers.config import WorkerConfig
 from workers.messages import Cancelled, Event, Fatal, Loading, Order, Output, PoolCounters, Ready, Report, Stats
+from workers.pool.bulletin import LONGEST_SILENT_LOAD_S
 from workers.pool.incarnation import Ended
 from workers.pool.model_worker import Limits
 from workers.pool.supervisor import Supervisor
@@ -166,6 +167,7 @@ def test_a_model_that_never_loads_is_a_failure():
         failure = bench.supervisor.failure
         bench.pass_time(10)
     assert failure == "exited with code 1"
+    assert not bench.supervisor.failed_for_good
 
 
 def test_fatal_is_never_started_again_and_a_failure_only_if_it_is_true_of_all():
@@ -182,6 +184,7 @@ def test_fatal_is_never_started_again_and_a_failure_only_if_it_is_true_of_all():
     bench.lives[1].frames.append([Fatal(message="no such file either")])
     bench.supervisor.read(other)
     assert bench.supervisor.failure == "no such file"
+    assert bench.supervisor.failed_for_good
 
 
 def test_fatal_after_the_model_was_served_is_a_death_like_others():
@@ -391,3 +394,28 @@ def test_a_process_that_cannot_be_started_is_tried_again():
     bench.supervisor._start_life = start
     bench.pass_time(10)
     assert bench.worker.life is not None
+
+
+@pytest.mark.parametrize("said", [[], [Loading(progress=0.5, stage="x")]])
+def test_a_worker_that_gives_no_sign_while_it_loads_is_replaced(said):
+    bench = Bench()
+    first = bench.life
+    for _ in range(2):  # as long as there are signs it may take its time
+        bench.pass_time(LONGEST_SILENT_LOAD_S - 1)
+        bench.report(Loading(progress=0.1, stage="x"))
+    bench.report(*said)
+    bench.pass_time(LONGEST_SILENT_LOAD_S)
+    assert not first.killed
+    bench.pass_time(1)
+    assert first.killed
+    assert "while it was loading" in bench.worker.last_end
+    bench.pass_time(10)
+    assert bench.life is not first
+
+
+def test_a_pause_of_the_pool_itself_is_no_silence_of_a_worker_that_loads():
+    bench = Bench()
+    bench.now += 10 * LONGEST_SILENT_LOAD_S
+    bench.supervisor.tend()
+    bench.pass_time(LONGEST_SILENT_LOAD_S)
+    assert not bench.life.killed

@@ -138,7 +138,9 @@ def test_who_is_left_beside_what_was_cancelled_is_not_alone_until_the_worker_has
     mate, worker = good(), world.workers[0]
     world.submit(mate)
     for number in range(2):
-        world.turn()
+        # Without a step: it stands in the same place each time.
+        worker.takes_jobs = True
+        world.broker.dispatch()
         given_up = poison(number=number)
         world.submit(given_up)
         world.leave(given_up)
@@ -146,7 +148,6 @@ def test_who_is_left_beside_what_was_cancelled_is_not_alone_until_the_worker_has
             worker.take_orders()
         worker.running.clear()
         world.kill(worker)
-        world.turn()
     world.run()
     assert (world.counts.poisoned, world.complete(mate)) == ((1, False) if confirmed else (0, True))
 
@@ -413,3 +414,32 @@ def test_whatever_dies_hangs_or_leaves_no_token_is_lost_or_doubled_and_no_innoce
                 assert failure.cause == "poison", (seed, failure)
             assert len(world.client.of(each, Started)) <= 1
             assert len(world.client.of(each, Failed)) <= 1
+
+
+def test_who_has_passed_its_trial_is_not_blamed_for_a_death_before_it_has_left():
+    world, suspects = suspects_on_trial()
+    worker = world.workers[0]
+    ward = world.broker._wards[0]
+    while not ward.leaving:
+        worker.take_orders()
+        worker.step()
+        world.deliver(worker)
+    # It was told to make room for the next, and has not confirmed it: somebody else kills the worker.
+    world.kill(worker)
+    assert world.client.failure(suspects[0]) is None
+    world.run()
+    assert all(map(world.complete, suspects))
+    assert world.counts.poisoned == 0
+
+
+def test_who_is_alone_at_two_deaths_in_different_places_has_a_trial():
+    world = Simulation()
+    alone = good()
+    world.submit(alone)
+    for tokens in (5, 6):
+        until(world, lambda tokens=tokens: len(world.client.tokens(alone)) == tokens)
+        world.kill(world.workers[0])
+        assert world.client.failure(alone) is None
+    world.run()
+    assert world.complete(alone)
+    assert (world.counts.quarantined, world.counts.poisoned) == (1, 0)

@@ -19,9 +19,11 @@ from workers.messages import (
     Started,
     TokenLogprobs,
 )
+from workers.pool import room as one_room
 from workers.pool import rooms as module
 from workers.pool.journal import Entry
-from workers.pool.rooms import EVENTS_AT_A_TIME, Room, Rooms
+from workers.pool.room import EVENTS_AT_A_TIME, Room
+from workers.pool.rooms import Rooms
 
 WINDOW_S = 60.0
 
@@ -62,18 +64,25 @@ class Bench:
 
     def found(self, reader: Connection, request: str = "r", jobs: int = 1, n: int = 1, **fields: object) -> Room:
         """Keep a request and give the broker its jobs."""
-        values = {"id": request, "owner": "ann", **fields}
+        values = {"id": request, "owner": "ann", "jobs": jobs, **fields}
         kept = self.rooms.keep(reader, msgspec.convert(values, Keep))
         assert kept.request == request
-        room = self.rooms.room_of(reader, request)
-        assert room is not None
         for place in range(jobs):
-            job_id = request if jobs == 1 else f"{request}/{place}"
-            room.jobs[job_id] = Entry(GenerateJob(id=job_id, prompt=[1], max_tokens=9, n=n, kept=request), room)
+            room = self.bring(reader, request if jobs == 1 else f"{request}/{place}", n)
+        assert room is not None
+        return room
+
+    def bring(self, reader: Connection, job_id: str, n: int = 1) -> Room | None:
+        """Bring a job of a kept request."""
+        job = GenerateJob(id=job_id, prompt=[1], max_tokens=9, n=n, kept=job_id.partition("/")[0])
+        room = self.rooms.room_for(reader, job)
+        if room is not None:
+            room.jobs[job_id] = Entry(job, room)
         return room
 
     def attach(self, reader: Connection, request: str = "r", alias: str = "a", owner: str = "ann") -> Kept:
         self.rooms.attach(reader, Attach(alias=alias, request=request, owner=owner))
+        self.rooms.pump()
         (kept,) = reader.take()
         assert isinstance(kept, Kept)
         return kept
@@ -159,7 +168,7 @@ def test_a_long_past_comes_in_slices_and_not_faster_than_it_is_read(bench: Bench
     assert bench.rooms.busy
     bench.rooms.pump()
     assert len(late.events) == EVENTS_AT_A_TIME
-    late.pending = bytearray(module.MAX_PENDING_BYTES)
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
     assert not bench.rooms.busy
     bench.rooms.pump()
     assert len(late.events) == EVENTS_AT_A_TIME
@@ -195,13 +204,13 @@ def test_a_choice_that_a_reader_has_enough_of_ends_for_all(bench: Bench) -> None
     bench.rooms.cancel(founder, Cancel(id="r", choice=1))
     bench.rooms.cancel(other, Cancel(id="a", choice=1))
     assert bench.cancels == [Cancel(id="r", choice=1)]
-    assert other.take() == [Output(id="a", choice=1, finish_reason="length")]
+    assert other.take() == [Output(id="a", choice=1, finish_reason="length", cut=True)]
     bench.rooms.cancel(other, Cancel(id="a", choice=0))
     assert room.ended
     late = Connection()
     bench.attach(late, alias="b")
     bench.rooms.pump()
-    ends = [Output(id="b", choice=choice, finish_reason="length") for choice in (1, 0)]
+    ends = [Output(id="b", choice=choice, finish_reason="length", cut=True) for choice in (1, 0)]
     assert late.take() == ends
 
 
@@ -255,7 +264,8 @@ def test_nobody_else_finds_it(bench: Bench) -> None:
 def test_a_key_leads_to_the_request_that_has_it(bench: Bench) -> None:
     first = bench.found(Connection(), key="k", digest=b"1", note=b"note")
     again = bench.rooms.keep(Connection(), Keep(id="s", owner="ann", key="k", digest=b"2"))
-    assert again == Kept(id="s", request="r", digest=b"1", note=b"note")
+    assert again == Kept(id="s", request="r", digest=b"1")
+    assert bench.attach(Connection()) == Kept(id="a", request="r", digest=b"1", note=b"note")
     assert len(bench.rooms) == 1
     finish(first)
     bench.later(0)
@@ -363,7 +373,7 @@ LARGE: list[Callable[[], Event]] = [
 def test_what_grows_too_large_is_read_on_but_not_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Event]
 ) -> None:
-    monkeypatch.setattr(module, "MAX_ROOM_BYTES", 100_000)
+    monkeypatch.setattr(one_room, "MAX_ROOM_BYTES", 100_000)
     founder, behind = Connection(), Connection()
     room = bench.found(founder, key="k")
     count = 0
@@ -377,7 +387,7 @@ def test_what_grows_too_large_is_read_on_but_not_again(
     assert isinstance(behind.take()[-1], Failed)
     say(room, 1)
     assert len(founder.take()) == 1
-    assert room.log == []
+    assert (room.log, room.note, room.bytes) == ([], b"", 0)
     assert bench.attach(Connection()).request == ""
     assert bench.rooms.keep(Connection(), Keep(id="s", owner="ann", key="k")).request == "s"
     bench.rooms.client_gone(founder)
@@ -396,3 +406,179 @@ def test_who_is_behind_when_it_is_forgotten_still_gets_all_of_it(bench: Bench) -
     bench.rooms.pump()
     assert late.take() == renamed(said, "a")
     assert not bench.rooms.cancel(late, Cancel(id="a"))
+
+
+def test_many_who_begin_to_read_at_once_are_told_what_one_after_the_other(bench: Bench) -> None:
+    founder, here, there = Connection(), Connection(), Connection()
+    bench.found(founder, note=b"x" * 1000)
+    for connection, alias in ((here, "a"), (here, "b"), (here, "c"), (there, "d")):
+        bench.rooms.attach(connection, Attach(alias=alias, request="r", owner="ann"))
+    assert here.take() == []
+    for aliases in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert [event.id for event in here.take()] == [aliases]
+    assert [event.id for event in there.take()] == ["d"]
+    bench.rooms.pump()
+    bench.rooms.pump()
+    bench.rooms.pump()
+    assert not bench.rooms.busy
+    assert founder.take() == []
+
+
+def test_who_has_much_to_read_is_told_nothing_yet(bench: Bench) -> None:
+    bench.found(Connection(), note=b"x")
+    late = Connection()
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
+    bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
+    bench.rooms.pump()
+    assert late.take() == []
+    late.pending.clear()
+    bench.rooms.pump()
+    assert late.take() == [Kept(id="a", request="r", note=b"x")]
+
+
+def test_what_is_asked_for_with_very_much_is_not_kept(bench: Bench) -> None:
+    bench.found(Connection(), note=bytes(module.MAX_NOTE_BYTES))
+    assert (
+        bench.rooms.keep(Connection(), Keep(id="s", owner="ann", note=bytes(module.MAX_NOTE_BYTES + 1))).request == ""
+    )
+
+
+def test_one_who_has_not_been_told_yet_that_it_can_be_read_is_told_that_it_cannot(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_room, "MAX_ROOM_BYTES", 1000)
+    room = bench.found(Connection())
+    late = Connection()
+    bench.rooms.attach(late, Attach(alias="a", request="r", owner="ann"))
+    say(room, *range(10))
+    bench.rooms.pump()
+    assert late.take() == [Kept(id="a", request="")]
+
+
+def test_readers_whose_connection_has_much_to_read_fall_behind_and_miss_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_room, "MAX_PENDING_EVENTS", 5)
+    founder, late = Connection(), Connection()
+    room = bench.found(founder)
+    bench.attach(late)
+    bench.rooms.pump()
+    said = say(room, *range(20))
+    assert (len(founder.take()), len(late.events)) == (20, 5)
+    heard = late.take()
+    late.pending = bytearray(one_room.MAX_PENDING_BYTES)
+    said += say(room, 20) + finish(room)
+    assert late.take() == []
+    late.pending.clear()
+    assert bench.rooms.busy
+    bench.rooms.pump()
+    assert heard + late.take() == renamed(said, "a")
+
+
+def test_a_large_event_is_told_to_one_reader_after_the_other(bench: Bench) -> None:
+    founder, readers = Connection(), Connection()
+    room = bench.found(founder)
+    for alias in ("a", "b", "c"):
+        bench.attach(readers, alias=alias)
+        bench.rooms.pump()
+    large = Output(id="r", ids=[1] * 30, logprobs=scores(30))
+    room.post(large)
+    small = say(room, 1)
+    assert founder.take() == [large, *small]
+    for alias in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert readers.take() == renamed([large], alias)
+    for alias in ("a", "b", "c"):
+        bench.rooms.pump()
+        assert readers.take() == renamed(small, alias)
+    assert not bench.rooms.busy
+
+
+def test_a_request_whose_first_job_has_ended_has_not_ended_before_the_others_have_come(bench: Bench) -> None:
+    founder = Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=2))
+    room = bench.bring(founder, "r/0")
+    assert room is not None
+    room.jobs.clear()
+    bench.later(0)
+    assert not room.ended
+    assert bench.bring(founder, "r/1") is room
+    room.jobs.clear()
+    assert room.ended
+
+
+def test_a_job_that_comes_behind_the_failure_of_another_one_has_no_room(bench: Bench) -> None:
+    founder = Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=3))
+    room = bench.bring(founder, "r/0")
+    assert room is not None
+    room.post(Failed(id="r/0", kind="overloaded", message="full"))
+    room.jobs.clear()
+    assert bench.bring(founder, "r/1") is None
+    bench.later(0)
+    assert bench.bring(founder, "r/2") is None
+    bench.later(0)
+    assert len(bench.rooms) == 0
+    assert bench.bring(founder, "r/3") is None
+
+
+def test_a_founder_that_is_gone_before_all_jobs_have_come_leaves_none_of_them(bench: Bench) -> None:
+    founder, other = Connection(), Connection()
+    bench.rooms.keep(founder, Keep(id="r", owner="ann", jobs=2))
+    bench.bring(founder, "r/0")
+    bench.attach(other)
+    bench.rooms.pump()
+    bench.rooms.client_gone(founder)
+    assert bench.cancels == [Cancel(id="r/0")]
+    assert len(bench.rooms) == 0
+    (told,) = other.take()
+    assert isinstance(told, Failed)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_when_its_time_is_over_what_has_begun_ends_where_it_is_with_or_without_a_reader(
+    bench: Bench, read: bool
+) -> None:
+    founder = Connection()
+    room = bench.found(founder, jobs=2, n=2, seconds=20.0)
+    for job_id, entry in room.jobs.items():
+        entry.accept(Output(id=job_id, choice=0, ids=[1], finish_reason="stop" if job_id == "r/0" else None))
+    first = [Output(id="r/0", ids=[1], finish_reason="stop"), Output(id="r/1", ids=[1])]
+    for event in first:
+        room.post(event)
+    if not read:
+        bench.rooms.client_gone(founder)
+    bench.later(19)
+    assert bench.cancels == []
+    bench.later(1)
+    cut = [("r/0", 1), ("r/1", 0), ("r/1", 1)]
+    assert bench.cancels == [Cancel(id=job_id, choice=choice) for job_id, choice in cut]
+    assert room.ended
+    ends = [Output(id=job_id, choice=choice, finish_reason="length", cut=True) for job_id, choice in cut]
+    late = Connection()
+    bench.attach(late)
+    bench.rooms.pump()
+    assert late.take() == renamed([*first, *ends], "a")
+
+
+def test_when_its_time_is_over_what_has_not_begun_fails(bench: Bench) -> None:
+    founder = Connection()
+    room = bench.found(founder, jobs=2, seconds=20.0)
+    bench.later(20)
+    assert bench.cancels == [Cancel(id="r/0"), Cancel(id="r/1")]
+    (told,) = founder.take()
+    assert isinstance(told, Failed)
+    assert (told.kind, told.cause) == ("overloaded", "queue_time")
+    assert room.ended
+    assert len(bench.rooms) == 0
+
+
+def test_an_owner_has_no_more_requests_that_go_on_than_it_may(bench: Bench) -> None:
+    first = bench.found(Connection(), "a", most=2)
+    bench.found(Connection(), "b", most=2)
+    bench.found(Connection(), "other", owner="bob", most=2)
+    assert bench.rooms.keep(Connection(), Keep(id="c", owner="ann", most=2)).request == ""
+    finish(first)
+    assert bench.rooms.keep(Connection(), Keep(id="c", owner="ann", most=2)).request == "c"
+    assert bench.rooms.keep(Connection(), Keep(id="d", owner="ann")).request == "d"

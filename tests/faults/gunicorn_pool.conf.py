@@ -26,4 +26,4 @@ exec(compile(Path(__file__).read_text(), __file__, "exec"))
 
 from workers.pool import keeper  # noqa: E402
 
-keeper.POOL_COMMAND = [sys.executable, "-P", "-m", "tests.faults.scripted_pool"]
+keeper.POOL_COMMAND = [sys.executable, "-P", "-m", "tests.faults.chosen_pool"]
