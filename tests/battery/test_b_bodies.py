@@ -85,10 +85,12 @@ def test_b5_depth_is_refused_as_quickly_as_it_is_read(straight: Door) -> None:
     flat = b'{"messages": 7, "x": "' + b"x" * len(DEEP) + b'"}'
     times: dict[str, float] = {}
     for name, body in {"deep": TOO_DEEP["metadata"], "flat": flat}.items():
-        begun = time.monotonic()
-        for _ in range(5):
+        tries = []
+        for _ in range(10):
+            begun = time.monotonic()
             straight.refusal(CHAT, body)
-        times[name] = (time.monotonic() - begun) / 5
+            tries.append(time.monotonic() - begun)
+        times[name] = min(tries)
     assert times["deep"] < 10 * times["flat"] + 0.1, times
 
 

@@ -92,7 +92,7 @@ def test_b14_a_huge_prompt_does_not_hold_up_the_others(server: Server, name: str
     content = json.dumps(body).encode()
     server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
     shares = []
-    for _ in range(3):
+    for _ in range(10):
         server.stats()
         answer = httpx.post(
             server.url + route, content=content, headers={"Content-Type": "application/json"}, timeout=120
@@ -120,7 +120,7 @@ def test_b15_no_hostile_grammar_is_read_on_the_hub(server: Server) -> None:
 
     harmless = max(ask({})[1] for _ in range(5))
     for name, fields in GRAMMARS.items():
-        tries = (ask(fields) for _ in range(3))
+        tries = (ask(fields) for _ in range(10))
         assert any(lag < 0.4 * seconds or lag < 20 * harmless for lag, seconds in tries), name
 
 

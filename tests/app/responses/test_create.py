@@ -318,7 +318,7 @@ def test_a_fault_in_the_middle_of_a_stream_is_told_and_kept(http, pool):
     def breaks(job):
         yield Started(id=job.id)
         yield Output(id=job.id, choice=0, ids=ids_of("Paris"))
-        begun.wait(10)
+        begun.wait(60)
         yield Failed(id=job.id, kind="unavailable", message="gone")
 
     pool.reply = breaks
