@@ -51,7 +51,7 @@ def _one_or_many(value: Any) -> Any:
 
 Texts = Annotated[
     list[str],
-    Field(min_length=1, max_length=MAX_TEXTS),
+    Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
     BeforeValidator(
         _one_or_many, json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
     ),
@@ -106,7 +106,8 @@ class Document(ApiRequest):
 
 
 def _as_documents(value: Any) -> Any:
-    if not isinstance(value, list):
+    # Too many are refused as they are.
+    if not isinstance(value, list) or len(value) > MAX_TEXTS:
         return value
     return [{"text": each} if isinstance(each, str) else each for each in value]
 
@@ -117,7 +118,7 @@ class RerankRequest(Scored):
     query: str = Field(description="what is looked for")
     documents: Annotated[
         list[Document],
-        Field(min_length=1, max_length=MAX_TEXTS),
+        Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
         BeforeValidator(
             _as_documents,
             json_schema_input_type=Annotated[list[str | Document], Field(min_length=1, max_length=MAX_TEXTS)],

@@ -102,7 +102,7 @@ class Message(ApiRequest):
     name: Annotated[str, Field(max_length=256), AfterValidator(short_text), NO_CONTROLS] | None = Field(
         None, description="the speaker's name, for templates that show it"
     )
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = Field(
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="assistant: the calls of this turn"
     )
     function_call: FunctionCall | None = Field(None, description="assistant: the older form of one call")
@@ -222,5 +222,5 @@ def _parts(message: Any) -> int:
     return sum(len(each) for each in lists if isinstance(each, list))
 
 
-_MessageList = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+_MessageList = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Messages = Annotated[_MessageList, BeforeValidator(message_list, json_schema_input_type=str | _MessageList)]
