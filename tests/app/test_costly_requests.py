@@ -73,7 +73,7 @@ MINIMAL: dict[type[ApiRequest], dict[str, Any]] = {
     UpdateRequest: {"metadata": {}},
 }
 # Lists that are not fields themselves.
-BELOW = [
+BELOW: list[tuple[type[ApiRequest], Any]] = [
     (ChatRequest, lambda many: {"messages": [{"role": "user", "content": many}]}),
     (ChatRequest, lambda many: {"messages": [{"role": "assistant", "content": None, "tool_calls": many}]}),
     (
@@ -93,7 +93,7 @@ BELOW = [
         },
     ),
 ]
-FIELDS = [
+FIELDS: list[tuple[type[ApiRequest], Any]] = [
     (schema, lambda many, field=field: {field: many}) for schema in MINIMAL for field in sorted(schema.model_fields)
 ]
 
