@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -19,7 +19,8 @@ MAX_CHAIN = 10_000
 _EVICTED_AT_ONCE = 1000
 
 
-_COLUMNS = "id, kind, tenant, model, status, body, input, metadata, previous, number, runner"
+_SHOWN = "id, kind, tenant, model, status, body, metadata, previous, number, runner"
+_COLUMNS = f"{_SHOWN}, input"
 
 
 class Records:
@@ -148,13 +149,19 @@ class Records:
                 where.append("number > ?" if listing.order == "asc" else "number < ?")
                 values.append(row["number"])
             direction = "ASC" if listing.order == "asc" else "DESC"
-            rows = _rows(
-                connection.execute(
-                    f"SELECT {_COLUMNS} FROM record WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT ?",
-                    (*values, listing.limit + 1),
-                )
+            cursor = connection.execute(
+                f"SELECT {_SHOWN} FROM record WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT ?",
+                (*values, listing.limit + 1),
             )
-        return Page([_record(row) for row in rows[: listing.limit]], len(rows) > listing.limit)
+            records: list[Record] = []
+            left = listing.max_bytes
+            # One by one: a hundred of them may be far more than there is memory for.
+            for row in _each_row(cursor):
+                left -= len(row["body"])
+                if len(records) == listing.limit or (records and left < 0):
+                    return Page(records, True)
+                records.append(_record(row))
+        return Page(records, False)
 
     def chain(self, kind: str, tenant: str, record_id: str, most: int) -> Sequence[Record] | None:
         """The conversation up to this record, oldest first. A conversation that goes on is not forgotten in parts."""
@@ -297,8 +304,13 @@ class Records:
 
 
 def _rows(cursor: sqlite3.Cursor) -> list[dict[str, Any]]:
+    return list(_each_row(cursor))
+
+
+def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
     names = [column[0] for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    for row in cursor:
+        yield dict(zip(names, row, strict=True))
 
 
 def _bytes(row: Mapping[str, Any]) -> int:
@@ -313,7 +325,7 @@ def _record(row: Mapping[str, Any]) -> Record:
         model=row["model"],
         status=row["status"],
         body=orjson.loads(row["body"]),
-        input=orjson.loads(row["input"]),
+        input=orjson.loads(row["input"]) if "input" in row else (),
         metadata=orjson.loads(row["metadata"]),
         previous=row["previous"],
     )

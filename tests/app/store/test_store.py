@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.store import records
 from app.store.database import FILE_NAME, SCHEMA_VERSION
 from app.store.errors import ChainBroken, StoreError, TooLarge, TooMuch
 from app.store.record import Listing, Record, Retention
@@ -368,3 +369,17 @@ def test_a_directory_that_cannot_be_made_is_an_error(open_store, tmp_path):
         store.get("response", "ann", "r1")
     with pytest.raises(StoreError):
         store.add(record())
+
+
+def test_a_list_reads_no_input(open_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked may be far larger than the answers, which are all that a list shows."""
+    store = open_store()
+    store.add(record("r1", input=[{"content": "secret"}]))
+    read: list[bytes] = []
+    loads = records.orjson.loads
+    monkeypatch.setattr(records.orjson, "loads", lambda text: read.append(bytes(str(text), "utf-8")) or loads(text))
+    page = store.list("response", "ann", Listing())
+    assert [each.id for each in page.records] == ["r1"]
+    assert page.records[0].input == ()
+    assert read
+    assert not [each for each in read if b"secret" in each]
