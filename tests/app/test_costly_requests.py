@@ -17,12 +17,14 @@ from app.api.schemas import (
 )
 from app.api.schemas.messages import MAX_PARTS
 from app.api.scoring import RerankRequest, ScoreRequest
+from app.api.service import MAX_UNKNOWN_TOLD
 from app.api.stored import UpdateRequest
 from app.api.values import ApiRequest
 from app.errors import ApiError
 from app.text import offload
-from tests.app.scripted_pool import ScriptedPool, refusal
+from tests.app.scripted_pool import ScriptedPool, refusal, tokens
 from tests.app.test_request_checks import check_error
+from tests.app.tiny import IM_END
 from tests.app.tool_models import CHAT
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -146,3 +148,17 @@ def test_include_has_a_limit(client: FlaskClient, pool: ScriptedPool) -> None:
     pool.reply = refusal("overloaded")
     error = check_error(client.post("/v1/responses", json={"input": "x", "include": ["x"] * 65}))
     assert error["param"].startswith("include")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+def test_unknown_fields_are_told_of_so_far_and_no_further(client: FlaskClient, pool: ScriptedPool, path: str) -> None:
+    pool.reply = tokens([], stop=IM_END)
+    message = {"role": "user", "content": "x", "a" * 10_000: 1, **{f"k{place}": 1 for place in range(9_000)}}
+    field = "messages" if path == CHAT else "input"
+    answer = client.post(path, json={field: [message] * 3})
+    assert answer.status_code == 200
+    warnings = answer.get_json()["warnings"]
+    assert len(warnings) == MAX_UNKNOWN_TOLD + 1
+    assert warnings[1] == f"Unknown field, ignored: {field}[0].k0"
+    assert warnings[-1] == f"{3 * 9_001 - MAX_UNKNOWN_TOLD} more unknown fields, ignored"
+    assert len(answer.data) < 8_000
