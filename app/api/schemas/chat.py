@@ -66,6 +66,10 @@ class ChatRequest(ToolsAsked, GenerationRequest):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def max_tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def top_alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
