@@ -39,7 +39,9 @@ def _with_calls(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], 
     texts = [message["content"]] if message["content"] else []
     for call in calls:
         function = call["function"]
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        given = function["arguments"]
+        # What a model wrote wrongly is told as it wrote it.
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         texts.append(form.write_call(Call(call["id"], function["name"], arguments)))
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": "\n".join(texts)}

@@ -300,3 +300,25 @@ def test_whatever_the_template_looks_at_is_read_off_the_hub(
     assert answer.status_code == 200 or answer.get_json()["error"]["code"] == "context_length_exceeded"
     assert threads
     assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("arguments", ["{city: Paris}", '{"city": "Par', "[1]", "5", '{"a": NaN}', '{"a": 1e999}'])
+@pytest.mark.parametrize("name", ["hermes", "without"])
+def test_arguments_that_a_model_wrote_wrongly_come_back_as_they_were(runtime: Path, name: str, arguments: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    history = [LOOP[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_call_id": "c1", "content": "noon"})
+    with serving_template(runtime, TEMPLATES[name]) as (client, pool):
+        pool.reply = tokens([], stop=IM_END)
+        assert client.post(CHAT, json={"messages": history}).status_code == 200
+        said = json.dumps(arguments, ensure_ascii=False) if name == "hermes" else arguments
+        assert f'"arguments": {said}' in prompt_text(pool)
+        items = [
+            {"role": "user", "content": "Weather?"},
+            {"type": "function_call", "call_id": "c1", "name": "clock", "arguments": arguments},
+            {"type": "function_call_output", "call_id": "c1", "output": "noon"},
+        ]
+        first = client.post("/v1/responses", json={"input": items})
+        assert first.status_code == 200
+        again = {"input": "And now?", "previous_response_id": first.get_json()["id"]}
+        assert client.post("/v1/responses", json=again).status_code == 200
