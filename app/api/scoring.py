@@ -191,7 +191,7 @@ def scores_of(
     stream = guarded_stream()
     tokenized = list(_tokenized(model, pairs, names))
     tokens = sum(len(before) + len(text) for before, text in tokenized)
-    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    service().reserve_prompts(stream, tokens)
     deadline = deadline_of(body.timeout)
     return name, mean_logprobs(stream, request_id, tokenized, deadline, adapter=adapter, salt=tenant_salt()), tokens
 
@@ -207,7 +207,7 @@ def _cosines(
                 prompts[text] = embedding_prompt(model, text, field)
                 _give_way_now_and_then(len(prompts))
     tokens = sum(map(len, prompts.values()))
-    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    service().reserve_prompts(stream, tokens)
     vectors = embed(stream, request_id, list(prompts.values()), deadline_of(body.timeout), tenant_salt())
 
     def compare() -> list[float]:

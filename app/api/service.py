@@ -91,6 +91,10 @@ class Service:
         if reservation is not None:
             self._reservations.setdefault(stream, []).append((reservation, used))
 
+    def reserve_prompts(self, stream: Stream, tokens: int) -> None:
+        """The same for a request that only reads: it uses ``tokens``, or none if no model worker has begun."""
+        self.reserve_tokens(stream, tokens, tokens, lambda: tokens if stream.started_at else 0)
+
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end those that are still open after ``seconds`` with an error. Never blocks.
 
