@@ -15,6 +15,10 @@ from app.store.runners import Runners
 INTERRUPTED = "The server stopped before the response was complete."
 # A conversation longer than this is no conversation.
 MAX_CHAIN = 10_000
+# The kind and the status of what is left of a record that was deleted: its id, for longer than any request is kept to
+# be read again.
+_DELETED = "deleted"
+DELETED_AGE_S = 86_400.0
 # How many records one insert may push out at most; the rest goes with the next one.
 _EVICTED_AT_ONCE = 1000
 
@@ -122,12 +126,25 @@ class Records:
         return record
 
     def delete(self, kind: str, tenant: str, record_id: str) -> bool:
-        """Whether there was one."""
+        """Whether there was one. Its id stays taken: who reads a kept request again must not bring it back."""
+        now = self._clock()
         with self._database.transaction(write=True) as connection:
             gone = connection.execute(
                 "DELETE FROM record WHERE id = ? AND kind = ? AND tenant = ?", (record_id, kind, tenant)
             )
-            return gone.rowcount > 0
+            if not gone.rowcount:
+                return False
+            connection.execute(
+                "INSERT INTO record (id, kind, tenant, model, status, created, used, size, metadata, body, input)"
+                " VALUES (?, ?, ?, '', ?, ?, ?, 0, '{}', '', '')",
+                (record_id, _DELETED, tenant, _DELETED, now, now),
+            )
+            connection.execute(
+                "DELETE FROM record WHERE kind = ? AND (used < ? OR number NOT IN"
+                " (SELECT number FROM record WHERE kind = ? ORDER BY number DESC LIMIT ?))",
+                (_DELETED, now - DELETED_AGE_S, _DELETED, max(self._retention.max_items, 1)),
+            )
+        return True
 
     def list(self, kind: str, tenant: str, listing: Listing) -> Page | None:
         """One page; None if there is no record ``listing.after``."""
@@ -246,11 +263,12 @@ class Records:
         kept = self._retention
         connection.execute("DELETE FROM record WHERE used < ? AND status NOT IN (?, ?)", (self._oldest(), *RUNNING))
         items, size = connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone()
+        items -= connection.execute("SELECT count(*) FROM record WHERE kind = ?", (_DELETED,)).fetchone()[0]
         if items <= kept.max_items and size <= kept.max_bytes:
             return
         oldest = connection.execute(
-            "SELECT number, size FROM record WHERE status NOT IN (?, ?) ORDER BY used, number LIMIT ?",
-            (*RUNNING, _EVICTED_AT_ONCE),
+            "SELECT number, size FROM record WHERE status NOT IN (?, ?, ?) ORDER BY used, number LIMIT ?",
+            (*RUNNING, _DELETED, _EVICTED_AT_ONCE),
         ).fetchall()
         for number, each in oldest:
             if items <= kept.max_items and size <= kept.max_bytes:

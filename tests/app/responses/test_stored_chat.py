@@ -1,5 +1,7 @@
 """Chat completions with ``store: true``: kept, listed, read, labelled, deleted."""
 
+import re
+
 import openai
 import pytest
 
@@ -185,3 +187,21 @@ def test_a_list_holds_no_more_than_one_request_may_read(runtime, answering):
             pages += 1
     assert found == made
     assert pages >= 3
+
+
+@pytest.mark.parametrize("way", ["stream", "key"])
+def test_what_was_deleted_stays_so_when_its_stream_is_read_again(client, http, answering, way):
+    headers = {"Idempotency-Key": "k"} if way == "key" else {}
+    body = {"messages": MESSAGES, "store": True, "resumable": True, "stream": way == "stream"}
+    answer = http.post("/v1/chat/completions", json=body, headers=headers)
+    made = re.search(r"chatcmpl-\w+", answer.text)[0]
+    url = f"/v1/chat/completions/{made}"
+    assert http.get(url).status_code == 200
+    assert http.delete(url).status_code == 200
+    if way == "stream":
+        again = http.get(f"/v1/streams/{made}")
+    else:
+        again = http.post("/v1/chat/completions", json=body, headers=headers)
+    assert again.status_code == 200
+    assert made in again.text
+    assert http.get(url).status_code == 404

@@ -388,3 +388,31 @@ def test_a_list_reads_no_input(open_store, monkeypatch: pytest.MonkeyPatch) -> N
     assert page.records[0].input == ()
     assert read
     assert not [each for each in read if "secret" in each]
+
+
+def test_what_was_deleted_is_not_added_again(open_store, clock: Clock) -> None:
+    store = open_store(Retention(max_items=3, max_bytes=10**8, max_age_s=10**6))
+    store.add(record("r1", items=["i1"]))
+    assert store.delete("response", "ann", "r1")
+    store.add(record("r1"))
+    assert store.get("response", "ann", "r1") is None
+    assert not store.delete("response", "ann", "r1")
+    assert store.list("response", "ann", Listing()).records == []
+    # It takes nobody's place, and is forgotten in the end.
+    for name in ("a", "b", "c"):
+        store.add(record(name))
+    assert sorted(ids(store)) == ["a", "b", "c"]
+    clock.now += records.DELETED_AGE_S + 1
+    assert store.delete("response", "ann", "a")
+    store.add(record("r1"))
+    assert "r1" in ids(store)
+
+
+def test_only_so_many_deleted_ids_are_remembered(open_store) -> None:
+    store = open_store(Retention(max_items=3, max_bytes=10**8, max_age_s=10**6))
+    for number in range(9):
+        store.add(record(f"r{number}"))
+        assert store.delete("response", "ann", f"r{number}")
+    store.add(record("r8"))
+    store.add(record("r0"))
+    assert ids(store) == ["r0"]
