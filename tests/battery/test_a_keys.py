@@ -7,6 +7,7 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
@@ -321,6 +322,28 @@ def test_a8_an_address_that_tries_keys_is_refused_and_no_other(guarded: Guarded)
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
     assert guarded.send("GET", "/v1/models", headers=guarded.as_owner("alice")).status_code == 200
+
+
+def test_a8_a_flood_of_bad_keys_reaches_nobody_else(guarded: Guarded):
+    """A thousand of them, as fast as eight connections go; an owner's requests in between are answered."""
+    attacker = {"X-Forwarded-For": "8.8.4.4, " + guarded.address()}
+    started = time.monotonic()
+
+    def guess(number: int) -> list[int]:
+        with httpx.Client(base_url=guarded.server.url, timeout=60, headers=attacker) as client:
+            return [
+                client.get("/v1/models", headers={"x-api-key": f"guess-{number}-{each}"}).status_code
+                for each in range(125)
+            ]
+
+    with ThreadPoolExecutor(8) as several:
+        guesses = [several.submit(guess, number) for number in range(8)]
+        while not all(each.done() for each in guesses):
+            assert guarded.send("GET", "/v1/models", headers=guarded.as_owner("bob")).status_code == 200
+        seen = [status for each in guesses for status in each.result()]
+    assert set(seen) == {401, 429}
+    # Thirty for all connections and workers together, and those that came back meanwhile.
+    assert 30 <= seen.count(401) <= 31 + (time.monotonic() - started) / 2
 
 
 def test_a8_limits_of_a_key_hold_across_the_workers(guarded: Guarded):
