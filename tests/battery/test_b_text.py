@@ -15,6 +15,7 @@ import pytest
 from tests.app.conftest import Server, application, runtime_directory, serving
 from tests.app.scripted_pool import ScriptedPool, eventually, tokens
 from tests.app.tiny import IM_END, ids_of, write_card
+from tests.app.tool_models import TEMPLATES, serving_template
 from tests.battery.answers import Door, check_answer, check_leak, error_of, events_of
 from tests.battery.test_b_fields import BASE, MEDIA, NAMES, parts
 from tests.battery.test_b_grammars import HOSTILE as GRAMMARS
@@ -236,6 +237,44 @@ def test_b16_hostile_calls_take_linear_time_and_stay_text(server: Server, name: 
         assert not calls
         if name != "thinks":
             assert "".join(shown.split()) == "".join(text.split())
+    assert grows_linearly(seconds), seconds
+
+
+# The same for models of other formats: calls as bare JSON, and as lists behind a mark.
+OTHERS = [
+    ("llama3", "<|python_tag|>"),
+    ("llama3", '{"name": "f", "parameters": {'),
+    ("llama3", '{"name": "f", "parameters": {}}; '),
+    ("llama3", "<|python_tag|>" + "[{" * 50),
+    ("llama3", '{"name": "' + '\\"' * 30),
+    ("mistral", "[TOOL_CALLS]"),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {'),
+    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'),
+    ("mistral", "[TOOL_CALLS]f[ARGS]{"),
+    ("mistral", "[TOOL_CALLS]" + " \n" * 30),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("form", "unit"), OTHERS)
+def test_b16_hostile_calls_of_other_formats(form: str, unit: str, stream: bool) -> None:
+    seconds: dict[int, list[float]] = {}
+    with runtime_directory() as folder, serving_template(folder, TEMPLATES[form]) as (client, pool):
+        # A busy machine makes the first comparison worth little.
+        for size in (SIZE // 4, SIZE) * 4:
+            if size == SIZE // 4 and seconds.get(SIZE) and grows_linearly(seconds):
+                break
+            text = unit * (size // len(unit))
+            pool.reply = emits(text)
+            begun = time.monotonic()
+            answer = client.post(CHAT, json={"messages": "x", "tools": TOOLS, "stream": stream})
+            said = answer.text
+            seconds.setdefault(size, []).append(time.monotonic() - begun)
+            assert answer.status_code == 200, said[:300]
+            check_leak(said[:100_000])
+            # No tool of this name was given.
+            assert '"tool_calls":[' not in said
+            assert '"error"' not in said
     assert grows_linearly(seconds), seconds
 
 
