@@ -7,7 +7,7 @@ from flask import Blueprint, Response, g
 from pydantic import BeforeValidator, Field
 
 from app.api.embeddings import ROWS_AT_ONCE, embedding_prompt
-from app.api.fields import WORD
+from app.api.fields import WORD, asks_for_nothing
 from app.api.reference.answers.scoring import Ranking, Scores
 from app.api.reference.describe import describes
 from app.api.service import (
@@ -81,7 +81,7 @@ class Scored(ApiRequest):
                 unknown.append(name)
                 continue
             value = (self.model_extra or {})[name]
-            if value is not None and not any(type(value) is type(each) and value == each for each in _REFUSED[name]):
+            if not asks_for_nothing(value, _REFUSED[name]):
                 raise invalid(f"This server does not support {name}.", name)
         return unknown
 

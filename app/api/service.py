@@ -95,13 +95,13 @@ class Service:
         """The same for a request that only reads: it uses ``tokens``, or none if no model worker has begun."""
         self.reserve_tokens(stream, tokens, tokens, lambda: tokens if stream.started_at else 0)
 
-    def drain(self, seconds: float) -> None:
-        """Take no more requests, and end those that are still open after ``seconds`` with an error. Never blocks.
+    def drain(self) -> None:
+        """Take no more requests, and end those that are still open with an error. Never blocks.
 
         To be called when the server stops, with less time than it gives its requests, so that clients see a reason.
         """
         self.draining = True
-        gevent.spawn_later(max(0.0, seconds), self._end_streams)
+        gevent.spawn(self._end_streams)
 
     def _end_streams(self) -> None:
         for stream in list(self._streams):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+from app.api.fields import asks_for_nothing
 from app.api.guided import MAX_CHOICES
 from app.api.responses.items import MAX_ITEMS, InputItem, input_items
 from app.api.schemas import MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
@@ -268,7 +269,7 @@ class ResponseRequest(Sampling):
                 continue
             if name not in _REFUSED:
                 unknown.append(prefix + name)
-            elif value is not None and not any(type(value) is type(each) and value == each for each in _REFUSED[name]):
+            elif not asks_for_nothing(value, _REFUSED[name]):
                 raise invalid(f"This server does not support {name}.", name)
         parts: list[tuple[str, ApiRequest | None]] = [("text.", self.text), ("reasoning.", self.reasoning)]
         parts.append(("stream_options.", self.stream_options))
