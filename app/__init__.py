@@ -70,7 +70,7 @@ class Application(Flask):
         For the HTTP worker, to be called shortly before it stops by force.
         """
         owner: Service = self.extensions["tailrace"]
-        owner.drain(0)
+        owner.drain()
 
     @property
     def is_busy(self) -> bool:

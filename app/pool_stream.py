@@ -245,6 +245,9 @@ class Stream:
         elif isinstance(event, Failed | Embedded):
             if isinstance(event, Failed):
                 self.failure = event
+            elif not self.started_at:
+                # An answer is the first word of it.
+                self.started_at = time.monotonic()
             self._finished(event.id)
         elif isinstance(event, Started) and not self.started_at:
             self.started_at = time.monotonic()

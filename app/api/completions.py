@@ -149,9 +149,12 @@ class CompletionFrames(sse.OpenAIEnding):
         self._prompt_scores = None if body.prompt_logprobs is None else PromptScores(model, body.prompt_logprobs)
 
     def opening(self, count: int) -> bytes:
-        """Nothing but the headers, which a comment brings on their way; warnings come as a chunk without choices."""
+        """Nothing but the headers, which a comment brings on their way; warnings come with no text of the first choice.
+
+        Clients look at the first choice of every chunk but the one with the usage.
+        """
         warnings = g.get("warnings")
-        return self._ids.frame({**self._head, "choices": [], "warnings": warnings}) if warnings else sse.KEEP_ALIVE
+        return self._ids.frame({**self._body(0, ""), "warnings": warnings}) if warnings else sse.KEEP_ALIVE
 
     def text(self, index: int) -> sse.TextFrame:
         """New text of choice ``index``."""

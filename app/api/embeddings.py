@@ -38,7 +38,7 @@ def create_embeddings() -> Response:
     stream = guarded_stream()
     prompts = embedding_prompts(model, body.input)
     tokens = sum(map(len, prompts))
-    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    service().reserve_prompts(stream, tokens)
     g.job = new_id("embd-")
     vectors = embed(stream, g.job, prompts, deadline_of(body.timeout), tenant_salt())
     tail = {"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}

@@ -112,7 +112,7 @@ def check_extra_fields(extra: Mapping[str, Any], prefix: str = "") -> list[str]:
                 _check_harmless(name, value, prefix)
         elif name not in NEUTRAL:
             unknown.append(prefix + name)
-        elif value is not None and not _is_one_of(value, NEUTRAL[name]):
+        elif not asks_for_nothing(value, NEUTRAL[name]):
             instead = f" Use {_INSTEAD[name]} instead." if name in _INSTEAD else ""
             raise invalid(f"This server does not support {prefix + name}.{instead}", prefix + name)
     return unknown
@@ -125,6 +125,7 @@ def _check_harmless(name: str, value: Any, prefix: str) -> None:
         raise invalid(f"{prefix + name}: {error}.", prefix + name) from None
 
 
-def _is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
+def asks_for_nothing(value: Any, neutral: Iterable[Any]) -> bool:
+    """Whether a field that is not supported may have this value: null, or one of ``neutral``."""
     # True == 1 in Python, but not in JSON.
-    return any(type(value) is type(each) and value == each for each in neutral)
+    return value is None or any(type(value) is type(each) and value == each for each in neutral)

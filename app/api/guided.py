@@ -3,11 +3,11 @@
 import json
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import ConfigDict, Field
 
+from app.api.json_gate import MAX_DEPTH, parse_object
 from app.api.values import ApiRequest
-from app.errors import invalid
+from app.errors import ApiError, invalid
 from workers.messages import Grammar
 
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -117,11 +117,12 @@ def _of_format(wanted: ResponseFormat) -> Grammar:
 
 def _of_schema(schema: dict[str, Any] | str, param: str) -> Grammar:
     if isinstance(schema, str):
+        # The text of an object within a text has been looked at by nobody yet.
         try:
-            schema = orjson.loads(schema)
-        except orjson.JSONDecodeError as error:
-            raise invalid(f"{param} is not JSON: {error}.", param) from None
-        if not isinstance(schema, dict):
-            raise invalid(f"{param} must be a JSON schema: an object.", param)
+            schema = parse_object(schema.encode())
+        except ApiError:
+            raise invalid(
+                f"{param} must be a JSON schema: the text of an object, at most {MAX_DEPTH} levels deep.", param
+            ) from None
     # Not orjson: integers of any size are fine in a schema.
     return Grammar(kind="json_schema", source=json.dumps(schema, ensure_ascii=False, separators=(",", ":")))

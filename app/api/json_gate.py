@@ -25,6 +25,13 @@ _READ_BYTES = 64 * 1024
 _CONTAINERS = (dict, list)
 
 
+class TooDeep(ApiError):
+    """Nested more deeply than anything is read here."""
+
+    def __init__(self) -> None:
+        super().__init__(400, f"The request body is nested more than {MAX_DEPTH} levels deep.")
+
+
 def read_body(request: Request, limit: int, timeout_s: float) -> bytearray:
     """Return the whole body, in one piece of memory that grew with it: a hundred large ones may be here at a time.
 
@@ -73,6 +80,8 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if error.msg.startswith("depth limit exceeded"):
+            raise TooDeep from None
         raise invalid(f"The request body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise invalid("The request body must be a JSON object.")
@@ -96,7 +105,7 @@ def _check_limits(root: dict[str, Any]) -> None:
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise invalid(f"The request body is nested more than {MAX_DEPTH} levels deep.")
+            raise TooDeep
         below: list[Any] = []
         for node in level:
             if type(node) is dict:

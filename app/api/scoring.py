@@ -7,7 +7,7 @@ from flask import Blueprint, Response, g
 from pydantic import BeforeValidator, Field
 
 from app.api.embeddings import ROWS_AT_ONCE, embedding_prompt
-from app.api.fields import WORD
+from app.api.fields import WORD, asks_for_nothing
 from app.api.reference.answers.scoring import Ranking, Scores
 from app.api.reference.describe import describes
 from app.api.service import (
@@ -51,7 +51,7 @@ def _one_or_many(value: Any) -> Any:
 
 Texts = Annotated[
     list[str],
-    Field(min_length=1, max_length=MAX_TEXTS),
+    Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
     BeforeValidator(
         _one_or_many, json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
     ),
@@ -81,7 +81,7 @@ class Scored(ApiRequest):
                 unknown.append(name)
                 continue
             value = (self.model_extra or {})[name]
-            if value is not None and not any(type(value) is type(each) and value == each for each in _REFUSED[name]):
+            if not asks_for_nothing(value, _REFUSED[name]):
                 raise invalid(f"This server does not support {name}.", name)
         return unknown
 
@@ -106,7 +106,8 @@ class Document(ApiRequest):
 
 
 def _as_documents(value: Any) -> Any:
-    if not isinstance(value, list):
+    # Too many are refused as they are.
+    if not isinstance(value, list) or len(value) > MAX_TEXTS:
         return value
     return [{"text": each} if isinstance(each, str) else each for each in value]
 
@@ -117,7 +118,7 @@ class RerankRequest(Scored):
     query: str = Field(description="what is looked for")
     documents: Annotated[
         list[Document],
-        Field(min_length=1, max_length=MAX_TEXTS),
+        Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
         BeforeValidator(
             _as_documents,
             json_schema_input_type=Annotated[list[str | Document], Field(min_length=1, max_length=MAX_TEXTS)],
@@ -190,7 +191,7 @@ def scores_of(
     stream = guarded_stream()
     tokenized = list(_tokenized(model, pairs, names))
     tokens = sum(len(before) + len(text) for before, text in tokenized)
-    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    service().reserve_prompts(stream, tokens)
     deadline = deadline_of(body.timeout)
     return name, mean_logprobs(stream, request_id, tokenized, deadline, adapter=adapter, salt=tenant_salt()), tokens
 
@@ -206,7 +207,7 @@ def _cosines(
                 prompts[text] = embedding_prompt(model, text, field)
                 _give_way_now_and_then(len(prompts))
     tokens = sum(map(len, prompts.values()))
-    service().reserve_tokens(stream, tokens, tokens, lambda: tokens)
+    service().reserve_prompts(stream, tokens)
     vectors = embed(stream, request_id, list(prompts.values()), deadline_of(body.timeout), tenant_salt())
 
     def compare() -> list[float]:

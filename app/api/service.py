@@ -37,6 +37,9 @@ R = TypeVar("R", bound=ApiRequest)
 POOL_PATIENCE_S = 1.0
 CARD_PATIENCE_S = 5.0
 _MAX_WARNING_HEADER = 1024
+# Of unknown fields: so many are named, by so many characters.
+MAX_UNKNOWN_TOLD = 32
+_MAX_NAME_TOLD = 256
 TIMEOUT_HEADER = "X-Request-Timeout"
 KEY_HEADER = "Idempotency-Key"
 _NUMBER = re.compile(r"[0-9.]{1,30}(e[+-]?[0-9]{1,3})?", re.ASCII | re.IGNORECASE)
@@ -88,13 +91,17 @@ class Service:
         if reservation is not None:
             self._reservations.setdefault(stream, []).append((reservation, used))
 
-    def drain(self, seconds: float) -> None:
-        """Take no more requests, and end those that are still open after ``seconds`` with an error. Never blocks.
+    def reserve_prompts(self, stream: Stream, tokens: int) -> None:
+        """The same for a request that only reads: it uses ``tokens``, or none if no model worker has begun."""
+        self.reserve_tokens(stream, tokens, tokens, lambda: tokens if stream.started_at else 0)
+
+    def drain(self) -> None:
+        """Take no more requests, and end those that are still open with an error. Never blocks.
 
         To be called when the server stops, with less time than it gives its requests, so that clients see a reason.
         """
         self.draining = True
-        gevent.spawn_later(max(0.0, seconds), self._end_streams)
+        gevent.spawn(self._end_streams)
 
     def _end_streams(self) -> None:
         for stream in list(self._streams):
@@ -145,10 +152,21 @@ def parse(schema: type[R]) -> R:
 
     parsed, unknown = off_hub_if_large(len(body), check)
     g.body = body
-    g.warnings = [f"Unknown field, ignored: {name}" for name in unknown]
+    g.warnings = _of_unknown(unknown)
     if KEY_HEADER in request.headers and "resumable" not in schema.model_fields:
         warn([f"{KEY_HEADER} has no effect here."])
     return parsed
+
+
+def _of_unknown(names: Sequence[str]) -> list[str]:
+    """Return the warnings of unknown fields: an answer must not become many times as large as what it answers."""
+    told = [f"Unknown field, ignored: {_shortened(name)}" for name in names[:MAX_UNKNOWN_TOLD]]
+    left = len(names) - len(told)
+    return [*told, f"{left} more unknown fields, ignored"] if left else told
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_NAME_TOLD else name[:_MAX_NAME_TOLD] + "..."
 
 
 def resolve_model(asked: str | None) -> tuple[Model, str, str]:

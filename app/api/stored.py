@@ -8,7 +8,7 @@ from typing import Any, cast
 from flask import Blueprint, Flask, Response, current_app
 from pydantic import Field
 
-from app.api.keeping import Shelf, is_to_be_kept, store, store_errors
+from app.api.keeping import Shelf, is_to_be_kept, most_of_conversation, store, store_errors
 from app.api.pages import PageQuery, page_body, query
 from app.api.reference.answers.stored import ChatList, Deleted, StoredChatCompletion, StoredMessageList
 from app.api.reference.describe import PAGE, Parameter, describes
@@ -124,11 +124,28 @@ class _KeepingFrames:
 
 
 def _message(completion_id: str, place: int, message: Message) -> dict[str, Any]:
-    fields = message.model_dump(exclude_unset=True, exclude_none=True)
+    fields = known_fields(message)
     given = message.given_content
     content = {"content": None if given is None else message.content}
-    parts = given if isinstance(given, list) else None
+    parts = None
+    if isinstance(given, list):
+        parts = [{"type": part["type"], part["type"]: part[part["type"]]} for part in given]
     return {**fields, **content, "id": f"{completion_id}-{place}", "content_parts": parts}
+
+
+def known_fields(request: ApiRequest) -> dict[str, Any]:
+    """Return the fields that were given, as JSON; unknown ones were ignored, and may be of any size."""
+    return {
+        name: _plain(value)
+        for name in type(request).model_fields
+        if name in request.model_fields_set and (value := getattr(request, name)) is not None
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ApiRequest):
+        return known_fields(value)
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 class UpdateRequest(ApiRequest):
@@ -154,7 +171,7 @@ def list_chat_completions() -> Response:
                 raise invalid("metadata must be given as metadata[KEY]=VALUE.", "metadata")
             labels[label[1]] = value
     asked = PageQuery.read(given, "asc")
-    listing = Listing(asked.limit, asked.order, asked.after, given.get("model"), labels)
+    listing = Listing(asked.limit, asked.order, asked.after, given.get("model"), labels, most_of_conversation())
     with store_errors():
         page = store().list(KIND, tenant_salt(), listing)
     if page is None:

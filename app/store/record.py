@@ -42,18 +42,22 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Which records to list: behind ``after`` in this order, of this model, with all of this metadata."""
+    """Which records to list: behind ``after`` in this order, of this model, with all of this metadata.
+
+    So many of them as there are bytes for, but at least one.
+    """
 
     limit: int = 20
     order: Literal["asc", "desc"] = "asc"
     after: str | None = None
     model: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    max_bytes: int = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Records in order, and whether more follow."""
+    """Records in order, without their input, and whether more follow."""
 
     records: Sequence[Record]
     has_more: bool

@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -15,11 +15,16 @@ from app.store.runners import Runners
 INTERRUPTED = "The server stopped before the response was complete."
 # A conversation longer than this is no conversation.
 MAX_CHAIN = 10_000
+# The kind and the status of what is left of a record that was deleted: its id, for longer than any request is kept to
+# be read again.
+_DELETED = "deleted"
+DELETED_AGE_S = 86_400.0
 # How many records one insert may push out at most; the rest goes with the next one.
 _EVICTED_AT_ONCE = 1000
 
 
-_COLUMNS = "id, kind, tenant, model, status, body, input, metadata, previous, number, runner"
+_SHOWN = "id, kind, tenant, model, status, body, metadata, previous, number, runner"
+_COLUMNS = f"{_SHOWN}, input"
 
 
 class Records:
@@ -121,12 +126,25 @@ class Records:
         return record
 
     def delete(self, kind: str, tenant: str, record_id: str) -> bool:
-        """Whether there was one."""
+        """Whether there was one. Its id stays taken: who reads a kept request again must not bring it back."""
+        now = self._clock()
         with self._database.transaction(write=True) as connection:
             gone = connection.execute(
                 "DELETE FROM record WHERE id = ? AND kind = ? AND tenant = ?", (record_id, kind, tenant)
             )
-            return gone.rowcount > 0
+            if not gone.rowcount:
+                return False
+            connection.execute(
+                "INSERT INTO record (id, kind, tenant, model, status, created, used, size, metadata, body, input)"
+                " VALUES (?, ?, ?, '', ?, ?, ?, 0, '{}', '', '')",
+                (record_id, _DELETED, tenant, _DELETED, now, now),
+            )
+            connection.execute(
+                "DELETE FROM record WHERE kind = ? AND (used < ? OR number NOT IN"
+                " (SELECT number FROM record WHERE kind = ? ORDER BY number DESC LIMIT ?))",
+                (_DELETED, now - DELETED_AGE_S, _DELETED, max(self._retention.max_items, 1)),
+            )
+        return True
 
     def list(self, kind: str, tenant: str, listing: Listing) -> Page | None:
         """One page; None if there is no record ``listing.after``."""
@@ -148,13 +166,19 @@ class Records:
                 where.append("number > ?" if listing.order == "asc" else "number < ?")
                 values.append(row["number"])
             direction = "ASC" if listing.order == "asc" else "DESC"
-            rows = _rows(
-                connection.execute(
-                    f"SELECT {_COLUMNS} FROM record WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT ?",
-                    (*values, listing.limit + 1),
-                )
+            cursor = connection.execute(
+                f"SELECT {_SHOWN} FROM record WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT ?",
+                (*values, listing.limit + 1),
             )
-        return Page([_record(row) for row in rows[: listing.limit]], len(rows) > listing.limit)
+            records: list[Record] = []
+            left = listing.max_bytes
+            # One by one: a hundred of them may be far more than there is memory for.
+            for row in _each_row(cursor):
+                left -= len(row["body"])
+                if len(records) == listing.limit or (records and left < 0):
+                    return Page(records, True)
+                records.append(_record(row))
+        return Page(records, False)
 
     def chain(self, kind: str, tenant: str, record_id: str, most: int) -> Sequence[Record] | None:
         """The conversation up to this record, oldest first. A conversation that goes on is not forgotten in parts."""
@@ -239,11 +263,12 @@ class Records:
         kept = self._retention
         connection.execute("DELETE FROM record WHERE used < ? AND status NOT IN (?, ?)", (self._oldest(), *RUNNING))
         items, size = connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone()
+        items -= connection.execute("SELECT count(*) FROM record WHERE kind = ?", (_DELETED,)).fetchone()[0]
         if items <= kept.max_items and size <= kept.max_bytes:
             return
         oldest = connection.execute(
-            "SELECT number, size FROM record WHERE status NOT IN (?, ?) ORDER BY used, number LIMIT ?",
-            (*RUNNING, _EVICTED_AT_ONCE),
+            "SELECT number, size FROM record WHERE status NOT IN (?, ?, ?) ORDER BY used, number LIMIT ?",
+            (*RUNNING, _DELETED, _EVICTED_AT_ONCE),
         ).fetchall()
         for number, each in oldest:
             if items <= kept.max_items and size <= kept.max_bytes:
@@ -297,8 +322,13 @@ class Records:
 
 
 def _rows(cursor: sqlite3.Cursor) -> list[dict[str, Any]]:
+    return list(_each_row(cursor))
+
+
+def _each_row(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
     names = [column[0] for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    for row in cursor:
+        yield dict(zip(names, row, strict=True))
 
 
 def _bytes(row: Mapping[str, Any]) -> int:
@@ -313,7 +343,7 @@ def _record(row: Mapping[str, Any]) -> Record:
         model=row["model"],
         status=row["status"],
         body=orjson.loads(row["body"]),
-        input=orjson.loads(row["input"]),
+        input=orjson.loads(row["input"]) if "input" in row else (),
         metadata=orjson.loads(row["metadata"]),
         previous=row["previous"],
     )

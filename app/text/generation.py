@@ -28,8 +28,6 @@ class EventStream(Protocol):
     def get(self, timeout: float | None = None) -> list[Event]: ...
     def unget(self, events: list[Event]) -> None: ...
     def end_choice(self, job_id: str, choice: int) -> None: ...
-    def abort(self, error: BaseException) -> None: ...
-    def close(self) -> None: ...
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -86,7 +84,7 @@ class _Parts:
 
 
 class Generation:
-    """One request being answered. Use it as a context manager: leaving it cancels whatever is unfinished.
+    """One request being answered; closing its stream cancels whatever is unfinished.
 
     The choices of the answer are numbered through all prompts: choice c of prompt p is p * n + c. ``echoes``, if given,
     are the prompts to show before their answers; with logprobs they come with theirs. ``grammar_param`` names the
@@ -130,12 +128,6 @@ class Generation:
         self.started = False
         # Whether the time was over before every choice had ended.
         self.cut = False
-
-    def __enter__(self) -> "Generation":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def choices(self) -> int:
@@ -201,7 +193,7 @@ class Generation:
 
         [] after ``tick_s`` seconds of silence, and when the place in the queue has changed. If the time is over, the
         answer is what there is (`warnings` says so). Raises `JobFailed`, `DeadlineExceeded` if nothing had begun by
-        then, or what `abort` was given.
+        then, or what the stream was ended with.
         """
         shown = [piece for job in self._jobs if not self._scores_echo(job) for piece in self._echo_pieces(job)]
         if shown:
@@ -237,14 +229,6 @@ class Generation:
             )
             for own, choice in zip(parts, self._choices, strict=True)
         ]
-
-    def abort(self, error: BaseException) -> None:
-        """Cancel everything; whoever waits for pieces gets ``error``."""
-        self._stream.abort(error)
-
-    def close(self) -> None:
-        """Cancel what is unfinished."""
-        self._stream.close()
 
     def _patience(self, tick_s: float | None) -> float | None:
         left = self._deadline.left(self.started)

@@ -16,6 +16,29 @@ _A_MOMENT_S = 0.0001
 
 # Below this size (characters or bytes) the hop to another thread costs more than the work.
 INLINE_SIZE = 4096
+# A value is worth so many characters.
+_VALUE_SIZE = 8
+
+
+def weight(value: Any) -> int:
+    """Return about how much work JSON values are, in the measure of `off_hub_if_large`: exact while it is little.
+
+    Itself it is no work: it stops where the rest does not matter any more.
+    """
+    size = 0
+    waiting = [value]
+    while waiting and size <= INLINE_SIZE:
+        each = waiting.pop()
+        size += _VALUE_SIZE
+        if isinstance(each, str):
+            size += len(each)
+        elif isinstance(each, dict | list | tuple):
+            if len(each) > INLINE_SIZE:
+                return INLINE_SIZE + len(each)
+            waiting += each
+            if isinstance(each, dict):
+                waiting += each.values()
+    return size
 
 
 def give_way() -> None:

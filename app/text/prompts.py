@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from app.text.card import Model
 from app.text.errors import ContextLengthExceeded, RequestError
-from app.text.offload import off_hub_if_large
+from app.text.offload import off_hub_if_large, weight
 from app.text.reply.formats import reply_format
 from app.text.reply.parts import Tool
 from app.text.specials import SpecialTokens
@@ -60,16 +60,13 @@ def read_chat(
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise RequestError("Only a final message of the assistant can be continued.", "continue_final_message")
     form = reply_format(model)
-    if not form.template_tools and (tools or any(_is_about_tools(message) for message in messages)):
-        messages = told_in_text(messages, tools, form)
-        tools = ()
 
     def render() -> tuple[str, str]:
-        given = {
-            "messages": list(messages),
-            "tools": [tool.for_template() for tool in tools],
-            "variables": variables or {},
-        }
+        told: Conversation = messages
+        offered = [tool.for_template() for tool in tools]
+        if not form.template_tools and (tools or any(_is_about_tools(message) for message in messages)):
+            told, offered = told_in_text(messages, tools, form), []
+        given = {"messages": list(told), "tools": offered, "variables": variables or {}}
         safe, cut = special_tokens(model).cut(given)
         text = template.render(
             safe["messages"],
@@ -82,7 +79,8 @@ def read_chat(
 
     characters = sum(len(message["content"]) for message in messages)
     model.check_characters(characters, param)
-    size = characters + 64 * len(messages) + 1024 * len(tools)
+    # All that the template may look at, which is more than what is said.
+    size = weight(messages) + weight(variables) + 64 * len(messages) + 1024 * len(tools)
     text, cut = off_hub_if_large(size, render)
     if not cut:
         return ChatPrompt(model.encode(text, add_bos=False, param=param), text)

@@ -27,6 +27,7 @@ class Wishes:
     """What a request says about choosing tokens; None is "not said"."""
 
     max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"
     min_tokens: int | None = None
     n: int | None = None
     temperature: float | None = None
@@ -56,6 +57,7 @@ class Plan:
     n: int
     stop_token_ids: list[int]
     asked_max_tokens: int | None
+    max_tokens_field: str
     default_max_tokens: int | None
     min_tokens: int
 
@@ -93,6 +95,7 @@ def plan(wishes: Wishes, model: Model, defaults: Defaults) -> Plan:
         n=n,
         stop_token_ids=sorted({*own_stops, *wishes.stop_token_ids}),
         asked_max_tokens=wishes.max_tokens,
+        max_tokens_field=wishes.max_tokens_field,
         default_max_tokens=int(base["max_new_tokens"]) if base.get("max_new_tokens") else None,
         min_tokens=wishes.min_tokens or 0,
     )
@@ -115,7 +118,7 @@ def max_tokens_for(plan: Plan, model: Model, prompt_tokens: int, param: str) -> 
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {limit} tokens, but {prompt_tokens + plan.asked_max_tokens} "
                 f"were requested ({prompt_tokens} in the prompt, {plan.asked_max_tokens} for the answer).",
-                "max_tokens",
+                plan.max_tokens_field,
             )
         chosen = plan.asked_max_tokens
     else:

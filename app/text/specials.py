@@ -6,6 +6,7 @@ through the template with them, and the rendered text is cut there before it is 
 the whole mark. The text that the model reads is what the client wrote; text without such marks is encoded as ever.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer
 
 # Unicode's noncharacters: allowed in JSON, and meaning nothing.
 _CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+# A millisecond's work.
+_STEP = 65_536
 
 
 class SpecialTokens:
@@ -25,6 +28,7 @@ class SpecialTokens:
         # Nothing can be cut that is only one character long.
         marks = sorted((mark for mark in written if len(mark) > 1), key=len, reverse=True)
         self._firsts = {mark[0] for mark in marks}
+        self._longest = max(map(len, marks), default=0)
         self._pattern = re.compile("|".join(map(re.escape, marks))) if marks else None
 
     def cut(self, value: Any) -> tuple[Any, str]:
@@ -35,8 +39,8 @@ class SpecialTokens:
         texts = list(_texts(value))
         if not any(self._finds(text) for text in texts):
             return value, ""
-        used = set().union(*texts)
-        character = next((each for each in _CUTS if each not in used), "")
+        # One look after the other, since each holds up all threads.
+        character = next((each for each in _CUTS if not any(each in text for text in texts)), "")
         if not character:
             # Whoever writes all of them means no good; one of them less is no loss.
             character = _CUTS[0]
@@ -44,15 +48,31 @@ class SpecialTokens:
         return _replace(value, lambda text: self._cut(text, character)), character
 
     def _finds(self, text: str) -> bool:
-        if self._pattern is None or not any(map(text.__contains__, self._firsts)):
-            return False
-        return self._pattern.search(text) is not None
+        return next(self._places(text), None) is not None
 
     def _cut(self, text: str, character: str) -> str:
         # Again and again, since marks may overlap.
-        while self._pattern is not None and self._finds(text):
-            text = self._pattern.sub(lambda found: found[0][0] + character + found[0][1:], text)
+        while places := list(self._places(text)):
+            ends = [0, *(place + 1 for place in places), len(text)]
+            text = character.join(text[begin:end] for begin, end in itertools.pairwise(ends))
         return text
+
+    def _places(self, text: str) -> Iterator[int]:
+        """Yield where marks begin that do not overlap.
+
+        A search holds up all threads, so that of megabytes is done in steps.
+        """
+        if self._pattern is None or not any(map(text.__contains__, self._firsts)):
+            return
+        at = 0
+        while at < len(text):
+            end = at + _STEP
+            found = self._pattern.search(text, at, end + self._longest - 1)
+            if found is None or found.start() >= end:
+                at = end
+            else:
+                yield found.start()
+                at = found.end()
 
 
 def _texts(value: Any) -> Iterator[str]:

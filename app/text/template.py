@@ -119,7 +119,8 @@ def _with_written_arguments(chat: Sequence[Mapping[str, Any]]) -> list[dict[str,
         calls = []
         for call in message.get("tool_calls") or ():
             found = True
-            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            given = call["function"]["arguments"]
+            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
             calls.append({**call, "function": {**call["function"], "arguments": arguments}})
         written.append({**message, "tool_calls": calls} if calls else dict(message))
     if not found:

@@ -1,5 +1,6 @@
 """Tools for a chat template that knows none: told in the system message, calls and results as text of the messages."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,19 +18,14 @@ def told_in_text(
     to take turns.
     """
     told: list[Mapping[str, Any]] = []
-    results = False
-    for message in messages:
-        if message["role"] == "tool":
-            text = form.write_result(message["content"], message.get("name"))
-            if results:
-                told[-1] = {**told[-1], "content": f"{told[-1]['content']}\n{text}"}
-            else:
-                told.append({"role": "user", "content": text})
-            results = True
+    for is_result, turn in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            results = [form.write_result(message["content"], message.get("name")) for message in turn]
+            told.append({"role": "user", "content": "\n".join(results)})
             continue
-        results = False
-        calls = message.get("tool_calls")
-        told.append(_with_calls(message, calls, form) if calls else message)
+        for message in turn:
+            calls = message.get("tool_calls")
+            told.append(_with_calls(message, calls, form) if calls else message)
     if tools:
         prompt = form.tools_prompt(tools)
         if told and told[0]["role"] == "system":
@@ -43,7 +39,9 @@ def _with_calls(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], 
     texts = [message["content"]] if message["content"] else []
     for call in calls:
         function = call["function"]
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        given = function["arguments"]
+        # What a model wrote wrongly is told as it wrote it.
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         texts.append(form.write_call(Call(call["id"], function["name"], arguments)))
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": "\n".join(texts)}

@@ -80,7 +80,7 @@ class Server:
 
     def stats(self) -> dict[str, float]:
         """What the worker says of itself: the longest time for which its hub did not turn, open streams and jobs."""
-        return httpx.get(f"{self.url}/_stats").json()
+        return httpx.get(f"{self.url}/_stats", timeout=60).json()
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def serving(**settings: object) -> Iterator[Server]:
             )
         try:
             server = Server(f"http://127.0.0.1:{port}", port, pool, log)
-            eventually(lambda: process.poll() is not None or _answers(server.url), 20)
+            eventually(lambda: process.poll() is not None or _answers(server.url))
             assert process.poll() is None, log.read_text()
             yield server
         finally:
@@ -123,7 +123,7 @@ def serving(**settings: object) -> Iterator[Server]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz").status_code == 200
+        return httpx.get(f"{url}/readyz", timeout=60).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -60,7 +60,7 @@ def create_app() -> Flask:
 
     @made.post("/_drain")
     def drain() -> dict[str, bool]:
-        service.drain(0)
+        service.drain()
         return {"ok": True}
 
     return made

@@ -30,7 +30,7 @@ def test_ringing_wakes_who_waits_and_never_switches(bell: Bell) -> None:
     bell.ring()
     bell.ring()
     assert not waiting.dead
-    waiting.join(5)
+    waiting.join(60)
     assert waiting.dead
 
 
@@ -44,11 +44,11 @@ def test_each_wait_has_its_own_timeout_whatever_the_timer_was_set_for(bell: Bell
     first, second = timeouts
     if first is None or first > 1:
         gevent.spawn_later(0.01, bell.ring)
-        assert timed(lambda: bell.wait(first)) < 1
+        assert timed(lambda: bell.wait(first)) < 4
     else:
-        assert first <= timed(lambda: bell.wait(first)) < 1
+        assert first <= timed(lambda: bell.wait(first)) < 4
     assert second is not None
-    assert second <= timed(lambda: bell.wait(second)) < 1
+    assert second <= timed(lambda: bell.wait(second)) < 4
 
 
 def test_a_timer_that_is_left_over_wakes_nobody(bell: Bell) -> None:
@@ -67,4 +67,4 @@ def test_a_greenlet_can_be_killed_while_it_waits(bell: Bell) -> None:
     waiting = gevent.spawn(bell.wait)
     gevent.sleep(0)
     bell.ring()
-    eventually(lambda: waiting.dead, 5)
+    eventually(lambda: waiting.dead)

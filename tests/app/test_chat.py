@@ -254,3 +254,9 @@ def test_the_template_keeps_its_own_variables(client: FlaskClient, name: str) ->
     response = client.post(URL, json={**HELLO, "chat_template_kwargs": {name: 1}})
     assert response.status_code == 400
     assert response.get_json()["error"]["param"] == f"chat_template_kwargs.{name}"
+
+
+def test_a_transcript_is_not_streamed(client: FlaskClient) -> None:
+    response = client.post(URL, json={**HELLO, "transcript_choices": True, "stream": True})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["param"] == "transcript_choices"

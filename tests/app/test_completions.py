@@ -163,3 +163,13 @@ def test_an_input_beyond_the_context_is_refused(client: FlaskClient) -> None:
     response = client.post("/v1/embeddings", json={"input": [[7], [7] * 2049]})
     assert response.get_json()["error"]["code"] == "context_length_exceeded"
     assert response.get_json()["error"]["param"] == "input[1]"
+
+
+def test_every_chunk_but_that_of_the_usage_has_a_choice(client: FlaskClient, pool: ScriptedPool) -> None:
+    """Clients look at the first choice without asking; warnings come with it."""
+    pool.reply = tokens(ids_of("Hi"), stop=IM_END)
+    response = client.post("/v1/completions", json={"prompt": "x", "stream": True, "flavour": 1})
+    chunks = data_events(response.text)
+    assert chunks[0]["warnings"] == ["Unknown field, ignored: flavour"]
+    assert all(chunk["choices"] for chunk in chunks)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hi"

@@ -19,7 +19,7 @@ from workers.messages import Event, Failed, GenerateJob, Job, Output, PromptLogp
 COMPLETIONS, RESPONSES, MESSAGES = "/v1/completions", "/v1/responses", "/v1/messages"
 NOTICE = "The request's time was over: "
 # Long enough for the scripted tokens to arrive on a slow machine, and short enough to wait for.
-SHORT = 0.4
+SHORT = 2.0
 
 
 def begun(text: str, *, choices: Iterable[int] = (0,)) -> Any:
@@ -71,7 +71,10 @@ def test_a_stream_that_has_not_started_in_time_ends_with_the_error(server: Serve
     server.pool.wait(lambda: all_cancelled(server.pool))
 
 
-def test_the_pools_own_word_about_the_queue_is_passed_on(client: FlaskClient, pool: ScriptedPool) -> None:
+def test_the_pools_own_word_about_the_queue_is_passed_on(client: FlaskClient, pool: ScriptedPool, monkeypatch) -> None:
+    # However late a busy machine lets it come.
+    monkeypatch.setattr("app.text.deadline.POOL_GRACE_S", 30.0)
+
     def reply(job: Job) -> Iterable[Event]:
         time.sleep(generate_job(pool).start_within_s if pool.jobs else 0.1)
         yield Failed(id=job.id, kind="overloaded", cause="queue_time", message="Not in time.", retry_after=17)
@@ -284,7 +287,7 @@ def test_without_a_partial_answer_it_is_503(client: FlaskClient, pool: ScriptedP
         "/v1/rerank": {"query": "a", "documents": ["b"]},
     }
     pool.reply = lambda job: [Started(id=job.id)]
-    response = client.post(path, json={**body[path], "timeout": 0.2})
+    response = client.post(path, json={**body[path], "timeout": SHORT})
     assert response.status_code == 503
     assert response.get_json()["error"]["code"] == "timeout"
     pool.wait(lambda: all_cancelled(pool))
@@ -334,14 +337,15 @@ def test_the_place_is_told_once_for_each_change_and_not_at_all_without_comments(
 
 def test_a_refusal_is_quick_and_says_when_to_come_again(server: Server) -> None:
     server.pool.reply = refusal("overloaded", "Too many requests are waiting.", retry_after=6.2)
-    with httpx.Client(base_url=server.url) as http:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
         http.get("/livez")
-        seconds = []
-        for stream in (True, False) * 10:
-            begun_at = time.perf_counter()
-            response = http.post(CHAT, json={**PLAIN, "stream": stream})
-            seconds.append(time.perf_counter() - begun_at)
-            assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
-    # Less than the 0.2 s for which refusals are waited.
-    assert sorted(seconds)[len(seconds) // 2] < 0.1
+        for stream in (True, False):
+            seconds = []
+            for _ in range(20):
+                begun_at = time.perf_counter()
+                response = http.post(CHAT, json={**PLAIN, "stream": stream})
+                seconds.append(time.perf_counter() - begun_at)
+                assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
+            # A busy machine delays most of them; the 0.2 s for which refusals are waited for would delay all.
+            assert min(seconds) < 0.1
     eventually(lambda: server.stats()["open_requests"] == 0)

@@ -13,8 +13,8 @@ from tests.app.tiny import IM_END, ids_of
 from workers.messages import Output, Started
 
 CHAT = "/v1/chat/completions"
-# Far more than it takes on a slow machine, far less than any timeout of the server's.
-SOON_S = 5.0
+# Far more than it takes on a slow and busy machine, far less than any request's own time.
+SOON_S = 30.0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -51,8 +51,9 @@ def test_leaving_cancels_every_job_of_a_request(server: Server, path: str, body:
 def test_a_finished_request_is_not_cancelled(server: Server) -> None:
     server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
     for stream in (True, False):
-        assert httpx.post(server.url + CHAT, json={"messages": "Hello", "stream": stream}).status_code == 200
-    assert httpx.get(server.url + "/readyz").status_code == 200
+        body = {"messages": "Hello", "stream": stream}
+        assert httpx.post(server.url + CHAT, json=body, timeout=60).status_code == 200
+    assert httpx.get(server.url + "/readyz", timeout=60).status_code == 200
     assert server.pool.cancels == []
 
 
@@ -64,8 +65,8 @@ def test_a_client_that_does_not_read_is_dropped_and_disturbs_nobody(server: Serv
     begun = time.monotonic()
     while not server.pool.is_cancelled(job.id):
         server.pool.send(Output(id=job.id, ids=text))
-        assert httpx.get(server.url + "/livez", timeout=1).status_code == 200
-        assert time.monotonic() - begun < 15
+        assert httpx.get(server.url + "/livez", timeout=10).status_code == 200
+        assert time.monotonic() - begun < 60
     # A write that waits for the client would hold up everybody for the send timeout, 2 s.
     assert server.stats()["hub_lag_s"] < 0.5
     eventually(lambda: server.stats()["open_requests"] == 0)

@@ -201,3 +201,12 @@ def test_every_parameter_of_decoding_reaches_the_engine(
     found = generate_job(pool).beams
     assert found is not None
     assert (found.num_beams, found.length_penalty, found.early_stopping) == (3, 0.5, "never")
+
+
+@pytest.mark.parametrize("depth", [65, 960, 1_000, 100_000])
+def test_a_schema_in_a_text_is_no_deeper_than_a_body(client, pool, depth):
+    pool.reply = refusal("overloaded")
+    text = '{"not":' * depth + "{}" + "}" * depth
+    response = client.post("/v1/chat/completions", json={"messages": "x", "guided_json": text})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["param"] == "guided_json"

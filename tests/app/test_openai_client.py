@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": "请你介绍一下中国的首都"}]
 
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=20)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def test_chat(client: openai.OpenAI, server: Server) -> None:

@@ -336,3 +336,9 @@ def test_no_request_whatever_is_a_fault_of_ours(
     if response.status_code != 200:
         check_error(response, response.status_code)
     assert response.status_code in (200, 400, 404)
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_length_that_has_no_room_is_named_as_it_was_asked_for(client: FlaskClient, field: str) -> None:
+    error = check_error(client.post("/v1/chat/completions", json={"messages": "x", field: 100_000}))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field)

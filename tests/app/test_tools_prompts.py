@@ -1,6 +1,7 @@
 """Tools, calls and results as the model reads them; what a client writes never becomes a special token."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from tokenizers import AddedToken, Tokenizer
 
+from app.text import prompts
 from app.text.errors import RequestError
 from app.text.specials import SpecialTokens
 from app.text.template import MAX_CHARACTERS, ChatTemplate
@@ -256,3 +258,67 @@ def test_ordinary_operators_of_templates_work() -> None:
     source = "{{ '-' * 3 }}{{ '%s/%05d' % ('a', 7) }}{{ 6 * 7 }}{{ 17 % 5 }}{{ [1] * 2 }}"
     assert ChatTemplate(source, {}).render([{"role": "user", "content": "x"}]) == "---a/00007422[1, 1]"
     assert MAX_CHARACTERS > 8 * 1024 * 1024
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 64])
+def test_marks_are_found_wherever_a_search_stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    specials = SpecialTokens(tokenizer())
+    text = "a<|im_start|><|im_end|>b<|im_<|im_start|>end|><|im_start|" + "x" * 70 + "<|im_end|>"
+    expected = specials.cut(text)
+    assert expected[0] != text
+    monkeypatch.setattr("app.text.specials._STEP", step)
+    assert specials.cut(text) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": LOOP[:2] + [{"role": "tool", "tool_call_id": "c1", "content": "x"}] * 70},
+        {"messages": "x", "chat_template_kwargs": {"own": [1] * 5_000}},
+        {"messages": "x", "chat_template_kwargs": {"own": "x" * 5_000}},
+        {"messages": [*LOOP[:1], {"role": "assistant", "content": "x", "reasoning_content": "x" * 5_000}]},
+    ],
+    ids=["results", "numbers", "texts", "thoughts"],
+)
+def test_whatever_the_template_looks_at_is_read_off_the_hub(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    threads: list[int] = []
+
+    def noted(original: Any) -> Any:
+        def called(*args: Any, **more: Any) -> Any:
+            threads.append(threading.get_ident())
+            return original(*args, **more)
+
+        return called
+
+    monkeypatch.setattr(ChatTemplate, "render", noted(ChatTemplate.render))
+    monkeypatch.setattr(SpecialTokens, "cut", noted(SpecialTokens.cut))
+    monkeypatch.setattr(prompts, "told_in_text", noted(prompts.told_in_text))
+    answer = client.post("/tokenize", json=body)
+    # The results are more than this model reads, once they are told.
+    assert answer.status_code == 200 or answer.get_json()["error"]["code"] == "context_length_exceeded"
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("arguments", ["{city: Paris}", '{"city": "Par', "[1]", "5", '{"a": NaN}', '{"a": 1e999}'])
+@pytest.mark.parametrize("name", ["hermes", "without"])
+def test_arguments_that_a_model_wrote_wrongly_come_back_as_they_were(runtime: Path, name: str, arguments: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    history = [LOOP[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    history.append({"role": "tool", "tool_call_id": "c1", "content": "noon"})
+    with serving_template(runtime, TEMPLATES[name]) as (client, pool):
+        pool.reply = tokens([], stop=IM_END)
+        assert client.post(CHAT, json={"messages": history}).status_code == 200
+        said = json.dumps(arguments, ensure_ascii=False) if name == "hermes" else arguments
+        assert f'"arguments": {said}' in prompt_text(pool)
+        items = [
+            {"role": "user", "content": "Weather?"},
+            {"type": "function_call", "call_id": "c1", "name": "clock", "arguments": arguments},
+            {"type": "function_call_output", "call_id": "c1", "output": "noon"},
+        ]
+        first = client.post("/v1/responses", json={"input": items})
+        assert first.status_code == 200
+        again = {"input": "And now?", "previous_response_id": first.get_json()["id"]}
+        assert client.post("/v1/responses", json=again).status_code == 200

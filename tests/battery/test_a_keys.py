@@ -7,6 +7,7 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
@@ -224,10 +225,8 @@ def test_a6_a_changed_file_is_in_force_on_all_workers_within_five_seconds(guarde
         return {guarded.send("GET", "/v1/models", headers=headers).status_code for _ in range(8)}
 
     assert statuses("carol") == {401}
-    changed = time.monotonic()
+    # Waits for 20 s at most: the five, and what the requests themselves take.
     guarded.put_in_force("alice", "bob", "carol", "few")
-    # Beside the five seconds only what the requests themselves took.
-    assert time.monotonic() - changed < 5 + 10
     assert statuses("carol") == statuses("alice") == {200}
     guarded.put_in_force("bob", "carol", "few")
     assert statuses("alice") == {401}
@@ -306,26 +305,52 @@ def test_a8_a_foreign_name_is_refused(guarded: Guarded):
 def test_a8_an_address_that_tries_keys_is_refused_and_no_other(guarded: Guarded):
     attacker = {"X-Forwarded-For": "8.8.8.8, " + guarded.address()}
     seen = []
+    started = time.monotonic()
     with httpx.Client(base_url=guarded.server.url, timeout=60) as client:
         for number in range(200):
+            if 429 not in seen:
+                meanwhile = time.monotonic() - started
             seen.append(client.get("/v1/models", headers={**attacker, "x-api-key": f"guess-{number}"}).status_code)
             if number % 20 == 0:
                 assert guarded.send("GET", "/v1/models", headers=guarded.as_owner("bob")).status_code == 200
         begun = seen.index(429)
-        # Thirty, counted for all workers together, and those that come back while this runs.
-        assert begun == 30
+        # Thirty, counted for all workers together, and those that come back meanwhile, one in two seconds.
+        assert 30 <= begun <= 31 + meanwhile / 2
         assert set(seen) == {401, 429}
-        assert seen.count(429) > 100
+        assert seen.count(401) <= 31 + (time.monotonic() - started) / 2
         refused = client.get("/v1/models", headers={**attacker, **guarded.as_owner("alice")})
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
     assert guarded.send("GET", "/v1/models", headers=guarded.as_owner("alice")).status_code == 200
 
 
+def test_a8_a_flood_of_bad_keys_reaches_nobody_else(guarded: Guarded):
+    """A thousand of them, as fast as eight connections go; an owner's requests in between are answered."""
+    attacker = {"X-Forwarded-For": "8.8.4.4, " + guarded.address()}
+    started = time.monotonic()
+
+    def guess(number: int) -> list[int]:
+        with httpx.Client(base_url=guarded.server.url, timeout=60, headers=attacker) as client:
+            return [
+                client.get("/v1/models", headers={"x-api-key": f"guess-{number}-{each}"}).status_code
+                for each in range(125)
+            ]
+
+    with ThreadPoolExecutor(8) as several:
+        guesses = [several.submit(guess, number) for number in range(8)]
+        while not all(each.done() for each in guesses):
+            assert guarded.send("GET", "/v1/models", headers=guarded.as_owner("bob")).status_code == 200
+        seen = [status for each in guesses for status in each.result()]
+    assert set(seen) == {401, 429}
+    # Thirty for all connections and workers together, and those that came back meanwhile.
+    assert 30 <= seen.count(401) <= 31 + (time.monotonic() - started) / 2
+
+
 def test_a8_limits_of_a_key_hold_across_the_workers(guarded: Guarded):
+    started = time.monotonic()
     answers = [guarded.send("GET", "/v1/models", headers=guarded.as_owner("few")) for _ in range(12)]
     # Three at once, and one for each twenty seconds that this takes.
-    assert 3 <= [answer.status_code for answer in answers].count(200) <= 4
+    assert 3 <= [answer.status_code for answer in answers].count(200) <= 4 + (time.monotonic() - started) / 20
     assert [answer.status_code for answer in answers][:3] == [200] * 3
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["Retry-After"]) >= 1

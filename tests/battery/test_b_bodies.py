@@ -15,7 +15,8 @@ from tests.battery.answers import Door, check_answer
 from tests.battery.conftest import Battery
 
 CHAT = "/v1/chat/completions"
-ROUTES = (CHAT, "/v1/completions", "/v1/embeddings", "/tokenize")
+ROUTES = (CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
+ROUTES += ("/v1/score", "/v1/rerank", "/tokenize", "/detokenize")
 CAP = 8 * 1024 * 1024
 
 NO_OBJECT = {
@@ -57,7 +58,8 @@ TOO_DEEP = {
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", NO_OBJECT)
 def test_b1_what_is_no_json_object(door: Door, route: str, name: str) -> None:
-    assert door.refusal(route, NO_OBJECT[name])["param"] is None
+    # Anthropic's errors have none.
+    assert door.refusal(route, NO_OBJECT[name]).get("param") is None
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -85,10 +87,12 @@ def test_b5_depth_is_refused_as_quickly_as_it_is_read(straight: Door) -> None:
     flat = b'{"messages": 7, "x": "' + b"x" * len(DEEP) + b'"}'
     times: dict[str, float] = {}
     for name, body in {"deep": TOO_DEEP["metadata"], "flat": flat}.items():
-        begun = time.monotonic()
-        for _ in range(5):
+        tries = []
+        for _ in range(10):
+            begun = time.monotonic()
             straight.refusal(CHAT, body)
-        times[name] = (time.monotonic() - begun) / 5
+            tries.append(time.monotonic() - begun)
+        times[name] = min(tries)
     assert times["deep"] < 10 * times["flat"] + 0.1, times
 
 

@@ -80,6 +80,61 @@ def test_b2_a_value_of_another_type(door: Door, route: str, field: str, kind: st
         check_refused(door, route, field, value)
 
 
+# The other routes: a request that is right, and fields of each kind.
+OTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[str, ...]]]] = {
+    "/v1/responses": (
+        {"input": "x", "max_output_tokens": 1},
+        {
+            "integer": ("max_output_tokens", "max_tool_calls", "top_logprobs", "seed", "top_k", "min_tokens"),
+            "number": ("temperature", "top_p", "min_p", "repetition_penalty", "timeout"),
+            "boolean": ("stream", "store", "background", "parallel_tool_calls", "ignore_eos"),
+            "string": ("model", "instructions", "previous_response_id", "truncation", "guided_regex"),
+            "list": ("tools", "include", "stop_token_ids", "guided_choice"),
+            "object": ("text", "reasoning", "metadata", "stream_options", "chat_template_kwargs"),
+        },
+    ),
+    "/v1/messages": (
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+        {
+            "integer": ("max_tokens", "top_k", "seed"),
+            "number": ("temperature", "top_p", "min_p", "repetition_penalty", "timeout"),
+            "boolean": ("stream", "resumable"),
+            "string": ("model",),
+            "list": ("messages", "tools", "stop_sequences"),
+            "object": ("tool_choice", "thinking", "output_config", "chat_template_kwargs"),
+        },
+    ),
+    "/v1/messages/count_tokens": (
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"string": ("model",), "list": ("messages", "tools"), "object": ("tool_choice", "thinking")},
+    ),
+    "/v1/score": ({"text_1": "x", "text_2": "y"}, {"number": ("timeout",), "string": ("model", "method")}),
+    "/v1/rerank": (
+        {"query": "x", "documents": ["y"]},
+        {
+            "integer": ("top_n",),
+            "boolean": ("return_documents",),
+            "string": ("query", "model", "method"),
+            "list": ("documents",),
+        },
+    ),
+    "/detokenize": ({"tokens": [1]}, {"string": ("model",), "list": ("tokens",)}),
+}
+
+
+@pytest.mark.parametrize("route", OTHER)
+def test_b2_b4_a_value_of_another_type_on_the_other_routes(door: Door, route: str) -> None:
+    base, kinds = OTHER[route]
+    assert door.post(route, base).status_code == 200
+    for kind, fields in kinds.items():
+        beyond = (2**63, -(2**63) - 1, 1e308) if kind == "integer" else ()
+        for field in fields:
+            for value in (*NOT[kind], *beyond):
+                error = door.refusal(route, {**base, field: value})
+                # Anthropic's errors name the field in their text only.
+                assert field in (error.get("param") or error["message"]), (field, value, error)
+
+
 @pytest.mark.parametrize(("route", "field"), [(CHAT, "messages"), (COMPLETIONS, "prompt"), (EMBEDDINGS, "input")])
 def test_b2_what_must_be_there(door: Door, route: str, field: str) -> None:
     for body in ({}, {field: None}, {field: 7}, {field: True}, {field: {}}, {field: []}):

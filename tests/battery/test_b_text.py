@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 
 from tests.app.conftest import Server, application, runtime_directory, serving
 from tests.app.scripted_pool import ScriptedPool, eventually, tokens
 from tests.app.tiny import IM_END, ids_of, write_card
+from tests.app.tool_models import TEMPLATES, serving_template
 from tests.battery.answers import Door, check_answer, check_leak, error_of, events_of
 from tests.battery.test_b_fields import BASE, MEDIA, NAMES, parts
 from tests.battery.test_b_grammars import HOSTILE as GRAMMARS
@@ -22,6 +24,8 @@ from workers.messages import Event, Job, Output, Started
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 CONTEXT = 8_192
 
 
@@ -78,6 +82,48 @@ HUGE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_PART = {"type": "input_text", "text": "x"}
+_CALLING = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [_CALL]}]
+# What is large beside the prompt, or never gets so far: refused, or answered where the model does not see it.
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tool results": (
+        CHAT,
+        {"messages": _CALLING + [{"role": "tool", "tool_call_id": "c", "content": "x" * 400}] * 4_000},
+    ),
+    "numbers for the template": (CHAT, {"messages": "x", "chat_template_kwargs": {"own": [1] * 1_000_000}}),
+    "texts for the template": (
+        CHAT,
+        {"messages": "<|im_start|>", "chat_template_kwargs": {"own": ["<|im_end|>"] * 400_000}},
+    ),
+    "thoughts": (
+        CHAT,
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "x", "reasoning_content": "a<|im_end|>" * 600_000},
+                {"role": "user", "content": "x"},
+            ]
+        },
+    ),
+    "include": (RESPONSES, {"input": "x", "include": [1] * 1_000_000}),
+    "parts that are none": (RESPONSES, {"input": [{"role": "user", "content": [{}] * 1_000_000}]}),
+    "parts": (RESPONSES, {"input": [{"role": "user", "content": [_PART] * 200_000}]}),
+    "unknown fields": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "x", **{f"k{i}": 0 for i in range(9_000)}}] * 70},
+    ),
+    "unknown fields of items": (
+        RESPONSES,
+        {"input": [{"role": "user", "content": "x", **{f"k{i}": 0 for i in range(9_000)}}] * 70},
+    ),
+    "blocks": (MESSAGES, {"max_tokens": 9, "messages": [{"role": "user", "content": [{}] * 1_000_000}]}),
+    "messages": (MESSAGES, {"max_tokens": 9, "messages": [{}] * 1_000_000}),
+    "documents": ("/v1/rerank", {"query": "x", "documents": ["x"] * 1_000_000}),
+    "texts to score": ("/v1/score", {"text_1": "x", "text_2": [1] * 1_000_000}),
+}
+
+
 @pytest.mark.parametrize("name", HUGE)
 def test_b14_a_prompt_beyond_the_context(straight: Door, name: str) -> None:
     route, body = HUGE[name]
@@ -85,24 +131,29 @@ def test_b14_a_prompt_beyond_the_context(straight: Door, name: str) -> None:
     assert error["code"] == "context_length_exceeded", error
 
 
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("name", [*HUGE, *WIDE])
 def test_b14_a_huge_prompt_does_not_hold_up_the_others(server: Server, name: str) -> None:
-    """What is done on the hub holds up everybody for most of the request's time, each time and on any machine."""
-    route, body = HUGE[name]
+    """The hub's own measure of it, without what the machine did meanwhile, in one of ten tries.
+
+    What is done on the hub is there each time. Reading JSON holds up all threads, so what is allowed grows with the
+    time of that, on this machine.
+    """
+    route, body = (HUGE | WIDE)[name]
     content = json.dumps(body).encode()
     server.pool.reply = tokens(ids_of("ok"), stop=IM_END)
-    shares = []
-    for _ in range(3):
+    begun = time.thread_time()
+    orjson.loads(content)
+    allowed = max(0.15, 3 * (time.thread_time() - begun))
+    lags: list[float] = []
+    while len(lags) < 10 and (not lags or lags[-1] > allowed):
         server.stats()
         answer = httpx.post(
             server.url + route, content=content, headers={"Content-Type": "application/json"}, timeout=120
         )
-        shares.append(server.stats()["hub_lag_s"] / answer.elapsed.total_seconds())
+        lags.append(server.stats()["hub_lag_s"])
         assert answer.status_code in (200, 400), answer.text[:300]
-        # Touching fresh memory and a busy machine may delay some of them.
-        if shares[-1] < 0.4:
-            return
-    raise AssertionError(shares)
+        assert len(answer.content) < 20_000
+    assert lags[-1] <= allowed, lags
 
 
 def test_b15_no_hostile_grammar_is_read_on_the_hub(server: Server) -> None:
@@ -120,7 +171,7 @@ def test_b15_no_hostile_grammar_is_read_on_the_hub(server: Server) -> None:
 
     harmless = max(ask({})[1] for _ in range(5))
     for name, fields in GRAMMARS.items():
-        tries = (ask(fields) for _ in range(3))
+        tries = (ask(fields) for _ in range(10))
         assert any(lag < 0.4 * seconds or lag < 20 * harmless for lag, seconds in tries), name
 
 
@@ -186,6 +237,44 @@ def test_b16_hostile_calls_take_linear_time_and_stay_text(server: Server, name: 
         assert not calls
         if name != "thinks":
             assert "".join(shown.split()) == "".join(text.split())
+    assert grows_linearly(seconds), seconds
+
+
+# The same for models of other formats: calls as bare JSON, and as lists behind a mark.
+OTHERS = [
+    ("llama3", "<|python_tag|>"),
+    ("llama3", '{"name": "f", "parameters": {'),
+    ("llama3", '{"name": "f", "parameters": {}}; '),
+    ("llama3", "<|python_tag|>" + "[{" * 50),
+    ("llama3", '{"name": "' + '\\"' * 30),
+    ("mistral", "[TOOL_CALLS]"),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {'),
+    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'),
+    ("mistral", "[TOOL_CALLS]f[ARGS]{"),
+    ("mistral", "[TOOL_CALLS]" + " \n" * 30),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("form", "unit"), OTHERS)
+def test_b16_hostile_calls_of_other_formats(form: str, unit: str, stream: bool) -> None:
+    seconds: dict[int, list[float]] = {}
+    with runtime_directory() as folder, serving_template(folder, TEMPLATES[form]) as (client, pool):
+        # A busy machine makes the first comparison worth little.
+        for size in (SIZE // 4, SIZE) * 4:
+            if size == SIZE // 4 and seconds.get(SIZE) and grows_linearly(seconds):
+                break
+            text = unit * (size // len(unit))
+            pool.reply = emits(text)
+            begun = time.monotonic()
+            answer = client.post(CHAT, json={"messages": "x", "tools": TOOLS, "stream": stream})
+            said = answer.text
+            seconds.setdefault(size, []).append(time.monotonic() - begun)
+            assert answer.status_code == 200, said[:300]
+            check_leak(said[:100_000])
+            # No tool of this name was given.
+            assert '"tool_calls":[' not in said
+            assert '"error"' not in said
     assert grows_linearly(seconds), seconds
 
 

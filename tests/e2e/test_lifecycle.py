@@ -50,8 +50,8 @@ def test_term_lets_streams_finish_and_leaves_no_process(own_server):
     next(stream)
     own_server.signal(signal.SIGTERM)
     assert "".join(stream)
-    assert own_server.process.wait(40) == 0
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert own_server.process.wait(60) == 0
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
 
 
@@ -66,8 +66,8 @@ def test_ctrl_c_ends_everything_at_once_and_in_order(own_server):
             for line in lines:
                 last = line or last
     assert "error" in json.loads(last.removeprefix("data: "))
-    assert own_server.process.wait(10) == 0
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert own_server.process.wait(30) == 0
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
     assert "Traceback" not in own_server.log
 
@@ -75,8 +75,8 @@ def test_ctrl_c_ends_everything_at_once_and_in_order(own_server):
 def test_the_death_of_the_arbiter_leaves_no_process(own_server):
     processes = own_server.processes()
     own_server.signal(signal.SIGKILL)
-    own_server.process.wait(10)
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    own_server.process.wait(30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
 
 

@@ -74,7 +74,7 @@ def test_sixteen_streams_progress_together(server):
 
     def read(number: int) -> None:
         for count, _ in enumerate(pieces(server, messages=message(f"Write about the number {number}."),
-                                         max_tokens=24, **ENDLESS)):  # fmt: skip
+                                         max_tokens=96, **ENDLESS)):  # fmt: skip
             if count == 0:
                 begun.append((time.monotonic(), number))
         ended.append(time.monotonic())
@@ -129,8 +129,8 @@ def busy(server: Server) -> bool:
 
 
 def assert_soon_idle(server: Server) -> None:
-    # A second on any machine but a very slow one; what was asked for takes several times as long there too.
-    wait_until(lambda: not busy(server), "the work to be cancelled", 3)
+    # A second on any machine but a very slow or busy one; what was asked for takes several times as long there too.
+    wait_until(lambda: not busy(server), "the work to be cancelled", 15)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from app.api import sse
 from app.api.json_gate import MAX_DEPTH, parse_object
+from app.api.messages.request import CountTokensRequest, MessagesRequest
+from app.api.responses.schemas import ResponseRequest
 from app.api.schemas import (
     ApiRequest,
     ChatRequest,
@@ -22,6 +24,8 @@ from app.api.schemas import (
     TokenizeRequest,
     validate,
 )
+from app.api.scoring import RerankRequest, ScoreRequest
+from app.api.stored import UpdateRequest
 from app.errors import ApiError
 from app.text.detokenizer import DetokenizerFactory
 from app.text.errors import RequestError
@@ -91,6 +95,12 @@ MODELS: tuple[type[ApiRequest], ...] = (
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    ResponseRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    ScoreRequest,
+    RerankRequest,
+    UpdateRequest,
 )
 
 

@@ -19,6 +19,16 @@ BODIES = [
     {"prompt": [[1, 2], [3]], "guided_json": {"type": "string"}, "stop_token_ids": [1], "num_beams": 2},
     {"input": ["a"], "encoding_format": "base64", "dimensions": 2},
     {"tokens": [1, 2, 3]},
+    {"input": "x", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": 5}, "include": ["x"]},
+    {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}, {"id": "msg_1"}]},
+    {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], "tools": [{"name": "f"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "max_tokens": 9, "system": ["x"]},
+    {"messages": [_USER], "max_tokens": 9, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {}},
+    {"messages": [_USER], "max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+    {"text_1": "a", "text_2": ["b", "c"], "method": "embedding"},
+    {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
+    {"metadata": {"a": "b"}},
+    {"messages": "x", "guided_json": "{}"},
 ]
 _TEXTS = [
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Berlin", "days": 2}}\n</tool_call>',
@@ -46,7 +56,7 @@ def seeds(name: str) -> list[bytes]:
         case "gate":
             return bodies
         case "schemas":
-            return [bytes([0, kind, 0, 0]) + body for body in bodies for kind in range(5)]
+            return [bytes([0, kind, 0, 0]) + body for body in bodies for kind in range(11)]
         case "replies":
             return [
                 bytes([0, kind, 0, mind, 0, 7]) + text.encode()

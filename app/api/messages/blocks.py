@@ -93,7 +93,7 @@ TextOnly = Annotated[
 ]
 Texts = Annotated[
     list[TextOnly],
-    Field(max_length=MAX_BLOCKS),
+    Field(max_length=MAX_BLOCKS, fail_fast=True),
     BeforeValidator(as_blocks, json_schema_input_type=str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS)]),
 ]
 
@@ -123,7 +123,7 @@ Block = Annotated[
 ]
 Content = Annotated[
     list[Block],
-    Field(max_length=MAX_BLOCKS),
+    Field(max_length=MAX_BLOCKS, fail_fast=True),
     BeforeValidator(
         as_blocks,
         json_schema_input_type=str

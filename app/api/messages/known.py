@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.api.fields import asks_for_nothing
 from app.api.values import ApiRequest
 from app.errors import invalid
 
@@ -54,7 +55,7 @@ class AnthropicRequest(ApiRequest):
         unknown = []
         for name, value in (self.model_extra or {}).items():
             if name in refused:
-                if value is not None and not any(type(value) is type(each) and value == each for each in refused[name]):
+                if not asks_for_nothing(value, refused[name]):
                     raise invalid(f"This server does not support {prefix}{name}.", prefix + name)
             elif name not in harmless:
                 unknown.append(prefix + name)

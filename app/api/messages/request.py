@@ -107,9 +107,14 @@ class CountTokensRequest(AnthropicRequest):
     """POST /v1/messages/count_tokens: a conversation as the model reads it."""
 
     model: Annotated[str, Field(max_length=1024)] | None = Field(None, description="one of the names in `/v1/models`")
-    messages: Annotated[list[InputMessage], BeforeValidator(bounded), Field(min_length=1, max_length=MAX_MESSAGES)] = (
-        Field(description="the conversation; the answer goes on with a final message of the assistant")
-    )
+    messages: Annotated[
+        list[InputMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(
+            bounded,
+            json_schema_input_type=Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)],
+        ),
+    ] = Field(description="the conversation; the answer goes on with a final message of the assistant")
     system: Texts | None = Field(None, description="the system prompt: a string or blocks of text")
     tools: Annotated[list[InputTool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="the client's tools"

@@ -1,6 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens"""
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, g
 
 from app.api.answers import answer_once, answer_streaming
 from app.api.kept import Ticket, note_wish, parse_again
@@ -102,4 +102,4 @@ def _unheeded(thinking: Thinking | None, model: Model) -> list[str]:
 
 
 def _translated(body: CountTokensRequest) -> ChatRequest:
-    return off_hub_if_large(request.content_length or 0, chat_request, body)
+    return off_hub_if_large(len(g.body), chat_request, body)

@@ -8,6 +8,7 @@ from typing import Any
 from app.api.messages.blocks import Block, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock, text_of
 from app.api.messages.request import CountTokensRequest, InputMessage, InputToolChoice, MessagesRequest
 from app.api.schemas import ChatRequest, validate
+from app.api.schemas.tools import LONG_NAMES
 from app.errors import ApiError, invalid
 
 # Fields of a chat request and how Anthropic calls them.
@@ -56,7 +57,8 @@ def chat_request(body: CountTokensRequest) -> ChatRequest:
         names = ("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")
         fields |= {name: getattr(body, name) for name in (*names, "timeout")}
     try:
-        chat, _ = validate(ChatRequest, {name: value for name, value in fields.items() if value is not None}, False)
+        given = {name: value for name, value in fields.items() if value is not None}
+        chat, _ = validate(ChatRequest, given, strict=False, context={LONG_NAMES: True})
     except ApiError as error:
         raise _renamed(error, origins) from None
     if isinstance(body, MessagesRequest) and body.stop_sequences:

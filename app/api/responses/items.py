@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from app.api.schemas.messages import MAX_PARTS
 from app.api.schemas.tools import FunctionName
 from app.api.values import ApiRequest, CallId
 from app.errors import invalid
@@ -57,7 +58,8 @@ def _parts(value: Any) -> Any:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-Content = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+Content = Annotated[TextParts, BeforeValidator(_parts, json_schema_input_type=str | TextParts)]
 
 
 class Item(ApiRequest):
@@ -118,8 +120,8 @@ class ReasoningItem(Item):
     """What the model thought before an answer; the chat template decides whether it reads it again."""
 
     type: Literal["reasoning"] = Field(description="reasoning")
-    content: list[TextPart] | None = Field(None, description="the thoughts, parts of type reasoning_text")
-    summary: list[TextPart] = Field(default_factory=list, description="read where there is no content")
+    content: TextParts | None = Field(None, description="the thoughts, parts of type reasoning_text")
+    summary: TextParts = Field(default_factory=list, description="read where there is no content")
     encrypted_content: None = Field(None, description="not supported")
 
     def parts(self) -> list[tuple[str, Sequence[TextPart]]]:
@@ -154,11 +156,17 @@ InputItem = Annotated[
 
 
 def input_items(value: Any) -> Any:
-    """A string is one message of the user. Raises `ApiError` 400 for what is no item, or an item of another type."""
+    """A string is one message of the user.
+
+    Raises `ApiError` 400 for what is no item, or an item of another type, and for too many items or parts before any of
+    them is read: each costs far more than the few bytes that it may be written with.
+    """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise invalid("input must be a string or a list of items.", "input")
+    if len(value) > MAX_ITEMS:
+        raise invalid(f"input can have at most {MAX_ITEMS} items.", "input")
     for place, item in enumerate(value):
         if not isinstance(item, dict):
             raise invalid(f"input[{place}] must be an object.", f"input[{place}]")
@@ -166,4 +174,7 @@ def input_items(value: Any) -> Any:
         if kind is not None and kind not in _SUPPORTED:
             shown = kind if isinstance(kind, str) and len(kind) <= 64 else "this type"
             raise invalid(f"This server does not support items of type {shown!r}.", f"input[{place}].type")
+    lists = (item.get(name) for item in value for name in ("content", "output", "summary"))
+    if sum(len(each) for each in lists if isinstance(each, list)) > MAX_PARTS:
+        raise invalid(f"input can have at most {MAX_PARTS} parts together.", "input")
     return value

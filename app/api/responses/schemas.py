@@ -4,16 +4,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+from app.api.fields import asks_for_nothing
 from app.api.guided import MAX_CHOICES
 from app.api.responses.items import MAX_ITEMS, InputItem, input_items
 from app.api.schemas import MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
-from app.api.schemas.tools import FunctionName
+from app.api.schemas.tools import MAX_TOOLS, FunctionName
 from app.api.values import STOP_STRINGS, TOKEN_BIASES, ApiRequest, Metadata, TokenId
 from app.errors import invalid
 
 _INT64 = 2**63
 LOGPROBS = "message.output_text.logprobs"
-_INCLUDE = {"type": "array", "items": {"const": LOGPROBS}}
+# All that OpenAI's API knows, several times over.
+MAX_INCLUDE = 64
+_INCLUDE = {"type": "array", "items": {"const": LOGPROBS}, "maxItems": MAX_INCLUDE}
 
 # Known fields that this server cannot honour, and the values of them that ask for nothing; null always is one.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -117,7 +120,9 @@ class AllowedTools(ApiRequest):
 
     type: Literal["allowed_tools"] = Field(description="allowed_tools")
     mode: Literal["auto", "required"] = Field(description="as the model likes, or at least one call")
-    tools: list[NamedTool] = Field(min_length=1, description="the tools that may be called")
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] = Field(
+        description="the tools that may be called"
+    )
 
 
 def _tools(value: Any) -> Any:
@@ -135,7 +140,8 @@ def _tool_choice(value: Any) -> Any:
         raise invalid('tool_choice must be "none", "auto", "required" or an object.', "tool_choice")
     if value.get("type") not in ("function", "allowed_tools"):
         raise invalid("This server has no hosted tools, only functions.", "tool_choice.type")
-    for place, tool in enumerate(value.get("tools") or () if value["type"] == "allowed_tools" else ()):
+    tools = value.get("tools") if value["type"] == "allowed_tools" else None
+    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise invalid("This server has no hosted tools, only functions.", f"tool_choice.tools[{place}].type")
     return value
@@ -203,11 +209,11 @@ class ResponseRequest(Sampling):
     model: Annotated[str, Field(max_length=1024)] | None = Field(None, description="one of the names in /v1/models")
     input: Annotated[
         list[InputItem],
+        Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True),
         BeforeValidator(
             input_items,
             json_schema_input_type=str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)],
         ),
-        Field(min_length=1, max_length=MAX_ITEMS),
     ] = Field(description="the conversation: a string, or a list of items")
     instructions: str | None = Field(None, description="system message before the conversation; not inherited")
     previous_response_id: str | None = Field(None, description="a stored response that this one continues")
@@ -223,15 +229,15 @@ class ResponseRequest(Sampling):
     max_tool_calls: Annotated[int, Field(ge=1, lt=_INT64)] | None = Field(
         None, description="bounds calls of hosted tools, of which there are none"
     )
-    tools: Annotated[list[FunctionTool], BeforeValidator(_tools), Field(max_length=128)] | None = Field(
-        None, description="functions that the model may call"
-    )
+    tools: (
+        Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_tools)] | None
+    ) = Field(None, description="functions that the model may call")
     tool_choice: ToolChoice | None = Field(None, description="none, auto, required, a function, or allowed_tools")
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     text: TextOptions | None = Field(None, description="format and verbosity")
     reasoning: ReasoningOptions | None = Field(None, description="effort and summary")
-    include: Annotated[list[str], WithJsonSchema(_INCLUDE)] | None = Field(
-        None, description=f"{LOGPROBS}; others are refused"
+    include: Annotated[list[str], Field(max_length=MAX_INCLUDE, fail_fast=True), WithJsonSchema(_INCLUDE)] | None = (
+        Field(None, description=f"{LOGPROBS}; others are refused")
     )
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="so many alternatives with each token; needs include"
@@ -263,7 +269,7 @@ class ResponseRequest(Sampling):
                 continue
             if name not in _REFUSED:
                 unknown.append(prefix + name)
-            elif value is not None and not any(type(value) is type(each) and value == each for each in _REFUSED[name]):
+            elif not asks_for_nothing(value, _REFUSED[name]):
                 raise invalid(f"This server does not support {name}.", name)
         parts: list[tuple[str, ApiRequest | None]] = [("text.", self.text), ("reasoning.", self.reasoning)]
         parts.append(("stream_options.", self.stream_options))

@@ -49,7 +49,7 @@ class ChatRequest(ToolsAsked, GenerationRequest):
         None, description="go on with the last message, which must be the assistant's"
     )
     transcript_choices: bool | None = Field(
-        None, description="answer with the whole conversation as choices, as the demo does"
+        None, description="answer with the whole conversation as choices, as the demo does; not with `stream`"
     )
     logprobs: bool | None = Field(None, description="tell each token's log-probability, see below")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
@@ -64,6 +64,10 @@ class ChatRequest(ToolsAsked, GenerationRequest):
     def asked_max_tokens(self) -> int | None:
         """``max_completion_tokens`` is the newer name."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def max_tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def top_alternatives(self) -> int | None:
@@ -94,6 +98,8 @@ class ChatRequest(ToolsAsked, GenerationRequest):
         check_messages(self.messages)
         if self.best_of is not None and self.best_of > (self.n or 1):
             raise invalid("best_of greater than n is only for /v1/completions.", "best_of")
+        if self.transcript_choices and self.stream:
+            raise invalid("transcript_choices cannot be streamed.", "transcript_choices")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs is only allowed with logprobs: true.", "top_logprobs")
         # Names of tools that are not there are found here too.

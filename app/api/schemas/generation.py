@@ -117,6 +117,11 @@ class GenerationRequest(Guided):
         return self.max_tokens
 
     @property
+    def max_tokens_field(self) -> str:
+        """The field in which it asked for that."""
+        return "max_tokens"
+
+    @property
     def top_alternatives(self) -> int | None:
         """How many alternatives to show with each token; None: no log-probabilities at all."""
         raise NotImplementedError
@@ -135,6 +140,7 @@ class GenerationRequest(Guided):
         """The sampling fields for `app.text.sampling.plan`."""
         return Wishes(
             max_tokens=self.asked_max_tokens,
+            max_tokens_field=self.max_tokens_field,
             min_tokens=self.min_tokens,
             n=self.drawn,
             temperature=self.temperature,

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from app.api.fields import short_text
-from app.api.json_gate import MAX_DEPTH, parse_object
+from app.api.json_gate import MAX_DEPTH, TooDeep, parse_object
 from app.api.schemas.tools import FunctionName
 from app.api.values import NO_CONTROLS, ApiRequest, CallId, content_text
 from app.errors import ApiError, invalid
@@ -49,12 +49,13 @@ _ROLES_OF_PARTS = {
 
 
 def _arguments(text: str) -> str:
-    """Check that ``text`` is the JSON of an object; nothing at all is one without members."""
-    if text.strip():
-        try:
-            parse_object(text.encode())
-        except ApiError:
-            raise ValueError(f"must be the JSON text of an object, at most {MAX_DEPTH} levels deep") from None
+    """Check that nobody reads too deep a text. It need not be JSON: what models write comes back as it was."""
+    try:
+        parse_object(text.encode())
+    except TooDeep:
+        raise ValueError(f"must be the JSON text of an object, at most {MAX_DEPTH} levels deep") from None
+    except ApiError:
+        pass
     return text
 
 
@@ -62,12 +63,21 @@ class FunctionCall(ApiRequest):
     """A function that the model called."""
 
     name: FunctionName = Field(description="the function's name")
-    arguments: Annotated[str, AfterValidator(_arguments)] = Field(description="the JSON text of an object")
+    arguments: Annotated[str, AfterValidator(_arguments)] = Field(
+        description="the JSON text of an object, as the model wrote it"
+    )
 
     @property
-    def parsed_arguments(self) -> dict[str, Any]:
-        """The arguments; not orjson, which makes floats of long integers."""
-        return dict(json.loads(self.arguments)) if self.arguments.strip() else {}
+    def parsed_arguments(self) -> dict[str, Any] | str:
+        """The arguments; the very text, if it is no JSON object. Nothing at all is one without members."""
+        if not self.arguments.strip():
+            return {}
+        try:
+            parse_object(self.arguments.encode())
+        except ApiError:
+            return self.arguments
+        # Not orjson, which makes floats of long integers.
+        return dict(json.loads(self.arguments))
 
     def unknown_fields(self, prefix: str = "") -> list[str]:
         return [prefix + name for name in self.model_extra or () if name not in _OF_CLIENT]
@@ -81,7 +91,7 @@ class ToolCall(ApiRequest):
     function: FunctionCall = Field(description="the function and its arguments")
 
     def for_template(self) -> dict[str, Any]:
-        """Return the call with its arguments as an object, as templates take them."""
+        """Return the call with its arguments as an object, as templates take them; as text if they are none."""
         function = {"name": self.function.name, "arguments": self.function.parsed_arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -102,7 +112,7 @@ class Message(ApiRequest):
     name: Annotated[str, Field(max_length=256), AfterValidator(short_text), NO_CONTROLS] | None = Field(
         None, description="the speaker's name, for templates that show it"
     )
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = Field(
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="assistant: the calls of this turn"
     )
     function_call: FunctionCall | None = Field(None, description="assistant: the older form of one call")
@@ -222,5 +232,5 @@ def _parts(message: Any) -> int:
     return sum(len(each) for each in lists if isinstance(each, list))
 
 
-_MessageList = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+_MessageList = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Messages = Annotated[_MessageList, BeforeValidator(message_list, json_schema_input_type=str | _MessageList)]

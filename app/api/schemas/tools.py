@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from app.api.values import ApiRequest, named
 from app.errors import invalid
@@ -15,7 +15,23 @@ MAX_TOOLS = 128
 MAX_TOOL_BYTES = 256 * 1024
 MAX_DESCRIPTION = 65_536
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+_MAX_NAME = 64
+# In the context of a validation: names may have 128 characters, as Anthropic's API lets them.
+LONG_NAMES = "long names"
+
+
+def _name(name: str, info: ValidationInfo) -> str:
+    if len(name) > _MAX_NAME and not (info.context or {}).get(LONG_NAMES):
+        raise ValueError(f"should have at most {_MAX_NAME} characters")
+    return name
+
+
+FunctionName = Annotated[
+    str,
+    Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$"),
+    AfterValidator(_name),
+    WithJsonSchema({"type": "string", "pattern": r"^[a-zA-Z0-9_-]{1,64}$"}),
+]
 
 
 class FunctionDefinition(ApiRequest):
@@ -76,14 +92,14 @@ class AllowedTools(ApiRequest):
     allowed_tools: AllowedToolList = Field(description="the tools that may be called")
 
 
-def _one_kind(value: Any) -> Any:
+def _one_kind(value: Any, info: ValidationInfo) -> Any:
     """Decide by ``type``, so that an error speaks of what was meant."""
     if isinstance(value, dict):
         kind = value.get("type")
         if kind == "function":
-            return NamedTool.model_validate(value)
+            return NamedTool.model_validate(value, context=info.context)
         if kind == "allowed_tools":
-            return AllowedTools.model_validate(value)
+            return AllowedTools.model_validate(value, context=info.context)
         raise named('must be "function" or "allowed_tools"', ".type")
     if value not in ("none", "auto", "required", None) or not isinstance(value, str | None):
         raise ValueError('must be "none", "auto", "required", or an object that names a function')

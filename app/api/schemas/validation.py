@@ -14,13 +14,15 @@ R = TypeVar("R", bound=ApiRequest)
 _UNION_TAGS = frozenset({"bool", "int", "str", "float", "literal", "NamedTool", "AllowedTools"})
 
 
-def validate(schema: type[R], fields: Mapping[str, Any], strict: bool) -> tuple[R, list[str]]:
-    """Return the request and the names of its unknown fields.
+def validate(
+    schema: type[R], fields: Mapping[str, Any], strict: bool, context: Mapping[str, Any] | None = None
+) -> tuple[R, list[str]]:
+    """Return the request and the names of its unknown fields; ``context`` is for the validators of its fields.
 
     Raises `ApiError` 400 that names the first bad field; with ``strict`` an unknown field is one.
     """
     try:
-        request = schema.model_validate(fields)
+        request = schema.model_validate(fields, context=context)
     except ValidationError as error:
         raise _as_api_error(error) from None
     unknown = request.unknown_fields()

@@ -268,7 +268,13 @@ def _typed(text: str, schema: Any) -> str:
     allowed = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
     if isinstance(schema, Mapping) and not allowed:
         unions = (schema.get("anyOf"), schema.get("oneOf"))
-        allowed = [each.get("type") for union in unions if isinstance(union, list) for each in union]
+        allowed = [
+            each.get("type")
+            for union in unions
+            if isinstance(union, list)
+            for each in union
+            if isinstance(each, Mapping)
+        ]
     # Python's names for what JSON writes in small letters.
     plain = text.lower() if text in ("True", "False", "None") else text
     value = loads("null" if plain == "none" else plain)

@@ -17,6 +17,7 @@ from config.logs import request_label
 from tests.app.conftest import application
 from tests.app.scripted_pool import ScriptedPool, eventually, refusal, silent, tokens, vectors
 from tests.app.tiny import IM_END, ids_of
+from tests.spec.conftest import answer_at_once
 from workers.messages import Output
 
 CHAT = "/v1/chat/completions"
@@ -203,6 +204,32 @@ def test_a_refused_job_uses_no_tokens(make: Any, pool: ScriptedPool):
     pool.reply = refusal("overloaded", retry_after=3)
     assert client.post(CHAT, json={**ASK, "max_tokens": 300}, headers=AS_ALICE).status_code == 429
     assert client.get("/v1/models", headers=AS_ALICE).headers["x-ratelimit-remaining-tokens"] == "1000"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["one text", "another"]}),
+        ("/v1/score", {"text_1": "one text", "text_2": "another"}),
+        ("/v1/rerank", {"query": "one text", "documents": ["another"], "method": "log_likelihood"}),
+    ],
+)
+def test_what_is_only_read_uses_its_tokens_if_it_has_begun(
+    make: Any, pool: ScriptedPool, path: str, body: dict[str, Any]
+):
+    client = make(key_tokens_per_minute=1000)
+
+    def left() -> int:
+        return int(client.get("/v1/models", headers=AS_ALICE).headers["x-ratelimit-remaining-tokens"])
+
+    pool.reply = refusal("overloaded", retry_after=3)
+    assert client.post(path, json=body, headers=AS_ALICE).status_code == 429
+    assert left() == 1000
+    pool.reply = answer_at_once
+    answer = client.post(path, json=body, headers=AS_ALICE)
+    assert answer.status_code == 200
+    # What comes back meanwhile is some tokens a second.
+    assert left() < 1000
 
 
 # --- addresses that try keys

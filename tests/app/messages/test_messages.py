@@ -1,12 +1,18 @@
 """POST /v1/messages through the application in this process, with a scripted pool behind it."""
 
+import io
+import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
+from app.api.messages import routes
+from app.api.messages.request import CountTokensRequest
+from app.api.schemas import ChatRequest
 from tests.app.conftest import Server, application
 from tests.app.messages.anthropic_events import events, joined
 from tests.app.raw_http import RawClient
@@ -386,3 +392,26 @@ def test_counts_the_tokens_that_the_model_would_read(client: FlaskClient, pool: 
     assert response.get_json() == {"input_tokens": len(generate_job(pool).prompt)}
     assert len(pool.jobs) == 1
     assert client.post(COUNT, json={"messages": []}).get_json()["type"] == "error"
+
+
+def test_a_long_body_without_a_length_is_translated_off_the_hub(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    original = routes.chat_request
+
+    def noted(body: CountTokensRequest) -> ChatRequest:
+        threads.append(threading.get_ident())
+        return original(body)
+
+    monkeypatch.setattr(routes, "chat_request", noted)
+    content = json.dumps({"messages": [{"role": "user", "content": "x"}] * 300}).encode()
+    response = client.post(
+        COUNT,
+        input_stream=io.BytesIO(content),
+        content_type="application/json",
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    assert response.status_code in (200, 400), response.text
+    assert threads
+    assert threading.get_ident() not in threads

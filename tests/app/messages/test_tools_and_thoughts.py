@@ -217,7 +217,7 @@ def test_thinking_is_up_to_the_template(
     ("change", "named"),
     [
         ({"tools": [{**WEATHER, "input_schema": {"type": 5}, "strict": True}]}, "tools[0].input_schema"),
-        ({"tools": [{**WEATHER, "name": "x" * 128}]}, "tools[0].name"),
+        ({"tools": [{**WEATHER, "name": "x" * 129}]}, "tools[0].name"),
         ({"output_config": {"effort": "high"}}, "output_config.effort"),
         ({"messages": [*ASKED["messages"], {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]},
          "messages[1].content[0].tool_use_id"),
@@ -230,3 +230,22 @@ def test_what_the_road_behind_refuses_is_named_as_the_client_wrote_it(
     assert response.status_code == 400, response.text
     assert named in response.get_json()["error"]["message"]
     assert pool.jobs == []
+
+
+def test_names_of_tools_may_have_128_characters(client: FlaskClient, pool: ScriptedPool) -> None:
+    pool.reply = tokens([], stop=IM_END)
+    for length, status in ((128, 200), (129, 400)):
+        name = "x" * length
+        body = {
+            "max_tokens": 9,
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": name, "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "y"}]},
+            ],
+            "tools": [{"name": name, "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "tool", "name": name},
+        }
+        assert client.post("/v1/messages", json=body).status_code == status, length
+    tool = {"type": "function", "function": {"name": "x" * 65}}
+    assert client.post("/v1/chat/completions", json={"messages": "x", "tools": [tool]}).status_code == 400

@@ -166,3 +166,24 @@ def test_the_sample_templates_are_what_transformers_takes() -> None:
     assert (message["thinking"], call["function"]["arguments"]) == ("a", json.loads(PARIS))
     reply = read(NAMED_JSON, text)
     assert (reply.reasoning, json.loads(reply.calls[0].arguments)) == ("a", json.loads(PARIS))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"anyOf": [True, {"type": "integer"}, 5, None]}}},
+        {"properties": {"a": {"oneOf": [["integer"]], "anyOf": "x"}}},
+        {"properties": {"a": {"type": [{}, ["integer"]]}}},
+        {"properties": {"a": {"type": {"integer": 1}}}},
+        {"properties": {"a": True}},
+        {"properties": {"a": 5}},
+        {"properties": ["a"]},
+        {"properties": None},
+    ],
+    ids=str,
+)
+def test_a_schema_that_is_odd_breaks_no_call(parameters: dict[str, Any]) -> None:
+    reader = TAGGED.parser([Tool("f", parameters=parameters)], new_id=numbered())
+    call = "<tool_call>\n<function=f>\n<parameter=a>\n7\n</parameter>\n</function>\n</tool_call>"
+    reply = fold(in_pieces(reader, [call]))
+    assert json.loads(reply.calls[0].arguments)["a"] in (7, "7")

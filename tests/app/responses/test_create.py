@@ -318,7 +318,7 @@ def test_a_fault_in_the_middle_of_a_stream_is_told_and_kept(http, pool):
     def breaks(job):
         yield Started(id=job.id)
         yield Output(id=job.id, choice=0, ids=ids_of("Paris"))
-        begun.wait(10)
+        begun.wait(60)
         yield Failed(id=job.id, kind="unavailable", message="gone")
 
     pool.reply = breaks
@@ -358,3 +358,12 @@ def test_every_extension_reaches_the_model_as_in_chat(http, pool):
     ours, theirs = pool.jobs
     assert ours.sampling.logit_bias == {5: -100.0, 6: 2.5}
     assert (ours.sampling, ours.grammar, ours.prompt) == (theirs.sampling, theirs.grammar, theirs.prompt)
+
+
+@pytest.mark.parametrize("tools", [5, True, "x", {}, None, [], [5]])
+def test_allowed_tools_that_are_no_list_are_refused(http, pool, tools):
+    pool.reply = refusal("overloaded")
+    asked = {"type": "allowed_tools", "mode": "auto", "tools": tools}
+    answer = create(http, tool_choice=asked)
+    assert answer.status_code == 400
+    assert answer.json["error"]["param"].startswith("tool_choice")

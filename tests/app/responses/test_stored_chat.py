@@ -1,5 +1,7 @@
 """Chat completions with ``store: true``: kept, listed, read, labelled, deleted."""
 
+import re
+
 import openai
 import pytest
 
@@ -148,3 +150,58 @@ def test_a_server_that_stores_nothing_refuses(runtime, answering):
     with application(runtime, store_max_items=0) as app:
         answer = app.test_client().post("/v1/chat/completions", json={"messages": "x", "store": True})
         assert (answer.status_code, answer.json["error"]["param"]) == (400, "store")
+
+
+def test_what_is_unknown_in_a_message_is_not_kept(client, http):
+    part = {"type": "text", "text": "x", "unknown": 1}
+    call = {"id": "c", "type": "function", "unknown": 1, "function": {"name": "f", "arguments": "{}", "unknown": 1}}
+    messages = [
+        {"role": "user", "content": [part], "unknown": ["x"] * 9},
+        {"role": "assistant", "content": None, "tool_calls": [call], "unknown": 1},
+        {"role": "tool", "tool_call_id": "c", "content": "y"},
+    ]
+    made = http.post("/v1/chat/completions", json={"messages": messages, "store": True}).json
+    assert len(made["warnings"]) == 5
+    asked, called, told = http.get(f"/v1/chat/completions/{made['id']}/messages").json["data"]
+    assert (asked["content"], asked["content_parts"]) == ("x", [{"type": "text", "text": "x"}])
+    assert called["tool_calls"] == [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    assert "unknown" not in str([asked, called, told])
+
+
+def test_a_list_holds_no_more_than_one_request_may_read(runtime, answering):
+    """Pages are shorter then, and say that more follow."""
+    long = [{"role": "user", "content": "x" * 1_500}]
+    with application(runtime, max_body_bytes=2_000) as app:
+        http = app.test_client()
+        body = {"messages": long, "store": True, "transcript_choices": True}
+        made = [http.post("/v1/chat/completions", json=body).json["id"] for _ in range(9)]
+        found: list[str] = []
+        pages = 0
+        more = True
+        while more:
+            after = f"&after={found[-1]}" if found else ""
+            page = http.get(f"/v1/chat/completions?limit=100{after}").json
+            assert 1 <= len(page["data"]) <= 4
+            found += [each["id"] for each in page["data"]]
+            more = page["has_more"]
+            pages += 1
+    assert found == made
+    assert pages >= 3
+
+
+@pytest.mark.parametrize("way", ["stream", "key"])
+def test_what_was_deleted_stays_so_when_its_stream_is_read_again(client, http, answering, way):
+    headers = {"Idempotency-Key": "k"} if way == "key" else {}
+    body = {"messages": MESSAGES, "store": True, "resumable": True, "stream": way == "stream"}
+    answer = http.post("/v1/chat/completions", json=body, headers=headers)
+    made = re.search(r"chatcmpl-\w+", answer.text)[0]
+    url = f"/v1/chat/completions/{made}"
+    assert http.get(url).status_code == 200
+    assert http.delete(url).status_code == 200
+    if way == "stream":
+        again = http.get(f"/v1/streams/{made}")
+    else:
+        again = http.post("/v1/chat/completions", json=body, headers=headers)
+    assert again.status_code == 200
+    assert made in again.text
+    assert http.get(url).status_code == 404

@@ -25,7 +25,7 @@ def held(pool):
     def reply(job):
         yield Started(id=job.id)
         yield Output(id=job.id, choice=0, ids=ids_of("Paris"))
-        pool.go_on.wait(10)
+        pool.go_on.wait(60)
         yield Output(id=job.id, choice=0, ids=[*ids_of(" is"), IM_END], finish_reason="stop", stop_token_id=IM_END)
 
     pool.reply = reply

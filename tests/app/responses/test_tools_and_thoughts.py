@@ -17,6 +17,7 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 CLOCK = {"type": "function", "name": "clock"}
+DEEP = '{"a":' * 65 + "1" + "}" * 65
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CLOCK_CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 
@@ -147,7 +148,7 @@ def test_without_calls_wanted_a_call_is_text(http, pool):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{**TOOL, "parameters": 5}]}, "tools[0].parameters"),
         (
-            {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]},
+            {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": DEEP}]},
             "input[0].arguments",
         ),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.store import records
 from app.store.database import FILE_NAME, SCHEMA_VERSION
 from app.store.errors import ChainBroken, StoreError, TooLarge, TooMuch
 from app.store.record import Listing, Record, Retention
@@ -368,3 +369,50 @@ def test_a_directory_that_cannot_be_made_is_an_error(open_store, tmp_path):
         store.get("response", "ann", "r1")
     with pytest.raises(StoreError):
         store.add(record())
+
+
+def test_a_list_reads_no_input(open_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked may be far larger than the answers, which are all that a list shows."""
+    store = open_store()
+    store.add(record("r1", input=[{"content": "secret"}]))
+    read: list[str] = []
+    loads = records.orjson.loads
+
+    def noted(text: bytes | str) -> object:
+        read.append(str(text))
+        return loads(text)
+
+    monkeypatch.setattr(records.orjson, "loads", noted)
+    page = store.list("response", "ann", Listing())
+    assert [each.id for each in page.records] == ["r1"]
+    assert page.records[0].input == ()
+    assert read
+    assert not [each for each in read if "secret" in each]
+
+
+def test_what_was_deleted_is_not_added_again(open_store, clock: Clock) -> None:
+    store = open_store(Retention(max_items=3, max_bytes=10**8, max_age_s=10**6))
+    store.add(record("r1", items=["i1"]))
+    assert store.delete("response", "ann", "r1")
+    store.add(record("r1"))
+    assert store.get("response", "ann", "r1") is None
+    assert not store.delete("response", "ann", "r1")
+    assert store.list("response", "ann", Listing()).records == []
+    # It takes nobody's place, and is forgotten in the end.
+    for name in ("a", "b", "c"):
+        store.add(record(name))
+    assert sorted(ids(store)) == ["a", "b", "c"]
+    clock.now += records.DELETED_AGE_S + 1
+    assert store.delete("response", "ann", "a")
+    store.add(record("r1"))
+    assert "r1" in ids(store)
+
+
+def test_only_so_many_deleted_ids_are_remembered(open_store) -> None:
+    store = open_store(Retention(max_items=3, max_bytes=10**8, max_age_s=10**6))
+    for number in range(9):
+        store.add(record(f"r{number}"))
+        assert store.delete("response", "ann", f"r{number}")
+    store.add(record("r8"))
+    store.add(record("r0"))
+    assert ids(store) == ["r0"]
