@@ -15,7 +15,7 @@ if _ROOT not in sys.path:
 from gunicorn.errors import HaltServer  # noqa: E402
 from setproctitle import getproctitle, setproctitle  # noqa: E402
 
-from config import keys, logs, notify  # noqa: E402
+from config import allocator, keys, logs, notify  # noqa: E402
 from config.arbiter import SteeredArbiter  # noqa: E402
 from config.checks import preflight  # noqa: E402
 from config.problems import ConfigError  # noqa: E402
@@ -176,6 +176,7 @@ def on_reload(server):  # type: ignore[no-untyped-def]
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
     """In a new HTTP worker: let go of the lifeline, or the pool would not notice the arbiter's death."""
     logs.rename("http")
+    allocator.give_back_what_is_large()
     server.tailrace_keeper.abandon()
     server.begin_worker(worker)
     worker.receive_timeout_s = _chosen.receive_timeout_s

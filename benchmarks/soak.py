@@ -2,7 +2,7 @@
 
 The real service with the embedded model, at normal settings but for a short queue and a small cache, which is full
 soon. Its clients stream, wait, ask wrongly, set themselves short times and vanish; now and then the model worker is
-killed. Every few seconds memory (PSS: pages that are shared count once), open files and threads of each process are
+killed. Every few seconds memory (private pages: what ends with the process), open files and threads of each process are
 taken. Written to ``benchmarks/results``: ``soak.png`` with the curves, ``soak.md`` with the figures. Exit status 1 if
 something grew, or a request failed without a reason.
 
@@ -35,16 +35,19 @@ START_S = 180.0
 # A worker that was killed is back, and its requests are answered, within so many seconds.
 EXPLAINED_S = 60.0
 # What a process may gain in the judged part: a share of what it has, or so many bytes, files, threads.
-PSS_SHARE, PSS_BYTES, FILES, THREADS = 0.03, 6 * 2**20, 8.0, 4.0
+PRIVATE_SHARE, PRIVATE_BYTES, FILES, THREADS = 0.03, 6 * 2**20, 8.0, 4.0
 SETTLE_S = 30.0
 
 
 @dataclass
 class Series:
-    """What the processes of one role hold together, at moments in seconds since the start."""
+    """What the processes of one role hold together, at moments in seconds since the start.
+
+    ``own``: bytes that each shares with nobody.
+    """
 
     at: list[float] = field(default_factory=list)
-    pss: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     files: list[float] = field(default_factory=list)
     threads: list[float] = field(default_factory=list)
     count: list[int] = field(default_factory=list)
@@ -92,16 +95,22 @@ def sample(soak: Soak, process: Process, since: float) -> None:
     """Take down what the processes hold now."""
     now = time.monotonic() - since
     for role, processes in roles(process).items():
-        pss = files = threads = 0.0
+        own = files = threads = 0.0
         count = 0
         for each in processes:
             with suppress(psutil.Error, OSError):
-                rollup = Path(f"/proc/{each.pid}/smaps_rollup").read_text(encoding="ascii")
-                kilobytes = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-                pss, files, threads = pss + kilobytes * 1024, files + each.num_fds(), threads + each.num_threads()
+                lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+                # Shared pages would count for more when another program that has them, too, comes to its end.
+                own += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+                files, threads = files + each.num_fds(), threads + each.num_threads()
                 count += 1
         series = soak.series.setdefault(role, Series())
-        for values, value in ((series.at, now), (series.pss, pss), (series.files, files), (series.threads, threads)):
+        for values, value in (
+            (series.at, now),
+            (series.own, own),
+            (series.files, files),
+            (series.threads, threads),
+        ):
             values.append(value)
         series.count.append(count)
 
@@ -122,7 +131,7 @@ def judge(soak: Soak) -> None:
         chosen = [place for place, at in enumerate(series.at) if first <= at <= last]
         at = [series.at[place] for place in chosen]
         for name, values, most in (
-            ("PSS", series.pss, None),
+            ("own memory", series.own, None),
             ("open files", series.files, FILES),
             ("threads", series.threads, THREADS),
         ):
@@ -130,7 +139,7 @@ def judge(soak: Soak) -> None:
             if len(part) < 4 or role == "others":
                 continue
             gained = slope(at, part) * (last - first)
-            limit = max(PSS_BYTES, PSS_SHARE * part[0]) if most is None else most
+            limit = max(PRIVATE_BYTES, PRIVATE_SHARE * part[0]) if most is None else most
             if gained > limit:
                 shown = f"{gained / 2**20:.1f} MB" if most is None else f"{gained:.1f}"
                 soak.growth.append(f"{role}: {name} grew by {shown} in {(last - first) / 60:.0f} minutes")

@@ -34,12 +34,12 @@ def _draw(soak: Soak, path: Path) -> None:
         if series is None:
             continue
         minutes = [at / 60 for at in series.at]
-        memory = [value / _MEGABYTE for value in series.pss]
+        memory = [value / _MEGABYTE for value in series.own]
         # The model worker's own scale: it is ten times the others.
         panels[0 if role == "model worker" else 1].plot(minutes, memory, label=role, color=color)
         panels[2].plot(minutes, series.files, label=role, color=color)
         panels[3].plot(minutes, series.threads, label=role, color=color)
-    names = ("memory (PSS), MB", "memory (PSS), MB", "open files", "threads")
+    names = ("private memory, MB", "private memory, MB", "open files", "threads")
     for panel, name in zip(panels, names, strict=True):
         panel.set_ylabel(name)
         panel.set_ylim(0, panel.get_ylim()[1] * 1.2)
@@ -86,11 +86,11 @@ def _lines(soak: Soak) -> list[str]:
         if not chosen:
             continue
         at = [series.at[place] for place in chosen]
-        pss = [series.pss[place] / _MEGABYTE for place in chosen]
+        own = [series.own[place] / _MEGABYTE for place in chosen]
         files = [series.files[place] for place in chosen]
         threads = [series.threads[place] for place in chosen]
         lines.append(
-            f"| {role} | {pss[0]:.1f} MB | {pss[-1]:.1f} MB | {slope(at, pss) * 3600:+.2f} MB/h | {_span(files)} "
+            f"| {role} | {own[0]:.1f} MB | {own[-1]:.1f} MB | {slope(at, own) * 3600:+.2f} MB/h | {_span(files)} "
             f"| {slope(at, files) * 3600:+.1f}/h | {_span(threads)} |"
         )
     lines += ["", "| client | " + " | ".join(_outcomes(soak)) + " |", "|---|" + "---|" * len(_outcomes(soak))]

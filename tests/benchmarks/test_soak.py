@@ -15,7 +15,7 @@ def soak(megabytes_per_hour: float = 0.0, files_per_hour: float = 0.0) -> Soak:
     for at in range(0, 3600, 5):
         wobble = (at % 7) * MEGABYTE
         series.at.append(at)
-        series.pss.append(200 * MEGABYTE + wobble + at / HOUR * megabytes_per_hour * MEGABYTE)
+        series.own.append(200 * MEGABYTE + wobble + at / HOUR * megabytes_per_hour * MEGABYTE)
         series.files.append(30 + at / HOUR * files_per_hour)
         series.threads.append(6)
         series.count.append(2)
@@ -37,7 +37,10 @@ def test_what_goes_up_and_down_is_no_growth():
 def test_memory_and_files_that_grow_are_found():
     leaking = soak(megabytes_per_hour=40, files_per_hour=30)
     judge(leaking)
-    assert [each.split(" grew")[0] for each in leaking.growth] == ["HTTP workers: PSS", "HTTP workers: open files"]
+    assert [each.split(" grew")[0] for each in leaking.growth] == [
+        "HTTP workers: own memory",
+        "HTTP workers: open files",
+    ]
 
 
 def test_only_what_comes_right_behind_a_kill_is_explained():
