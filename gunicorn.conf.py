@@ -4,6 +4,7 @@ Read at start and again at each HUP, both times inside the arbiter. Nothing here
 wait: the arbiter forks the HTTP workers, and its loop looks after all of them.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -180,6 +181,15 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     server.tailrace_keeper.abandon()
     server.begin_worker(worker)
     worker.receive_timeout_s = _chosen.receive_timeout_s
+
+
+def post_worker_init(worker):  # type: ignore[no-untyped-def]
+    """The application is loaded, and stays as long as the process: the collector need not walk through it again.
+
+    A full collection took 40 ms, in which no stream of the worker moved.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pre_exec(server):  # type: ignore[no-untyped-def]

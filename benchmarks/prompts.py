@@ -31,6 +31,10 @@ class TokenCounter:
     def __call__(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def without_text(self) -> list[int]:
+        """Return the special tokens, which show no text when a model produces them."""
+        return [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+
 
 def short_prompts(seed: int) -> Iterator[str]:
     """Yield prompts without end, each different from its first words on: about 60 tokens with the chat template.

@@ -51,7 +51,7 @@ class Target:
     def __post_init__(self) -> None:
         self.prompts = short_prompts(self.seed)
 
-    def chat(self, prompt: str, max_tokens: int) -> bytes:
+    def chat(self, prompt: str, max_tokens: int, **more: Any) -> bytes:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -59,7 +59,7 @@ class Target:
             "temperature": 0,
             "stream": True,
         }
-        return post(self.address, "/v1/chat/completions", json.dumps(body | self.fields).encode("utf-8"))
+        return post(self.address, "/v1/chat/completions", json.dumps(body | self.fields | more).encode("utf-8"))
 
     def one(self, prompt: str, max_tokens: int, limit_s: float) -> Answer:
         """Send one request and return its answer, with an error if it took longer than the limit."""
@@ -134,8 +134,10 @@ def disturbed_streams(target: Target, sizes: Sizes) -> Disturbance:
     """Gaps between the tokens of four running streams: alone, then while one long prompt after the other arrives."""
     seeds = [1000 * target.seed + 500 + number for number in range(sizes.disturbing_prompts)]
     prompts = [question(long_prefix(target.count, sizes.long_prompt_tokens, seed), 0) for seed in seeds]
+    # A token that shows no text would look like a gap twice as long.
+    shown_only = {str(token): -100 for token in target.count.without_text()}
     # A stream that ends makes room for the next: its own start is no gap.
-    endless = (target.chat(next(target.prompts), 512) for _ in range(1000))
+    endless = (target.chat(next(target.prompts), 512, logit_bias=shown_only) for _ in range(1000))
     with Generator(target.address) as generator:
         deadline = time.perf_counter() + sizes.disturbance_limit_s
         streams = closed_loop(generator, endless, _STREAMS)

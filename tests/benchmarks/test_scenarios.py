@@ -20,8 +20,17 @@ from tests.benchmarks.sse_server import END, HEAD, ScriptedServer, chunk, event,
 SIZES = replace(QUICK, output_tokens=5, requests_per_s=500.0, alone_s=0.05, long_prompt_tokens=40)
 
 
-def count(text: str) -> int:
-    return len(text.split())
+class Words:
+    """Counts words as the tokens they are here; token 7 shows no text."""
+
+    def __call__(self, text: str) -> int:
+        return len(text.split())
+
+    def without_text(self) -> list[int]:
+        return [7]
+
+
+count = Words()
 
 
 def target(server: ScriptedServer) -> Target:
@@ -127,6 +136,7 @@ def test_the_gap_that_a_long_prompt_makes_is_found():
     with scripted(stalls_for_long_prompts) as server:
         gaps = disturbed_streams(target(server), replace(SIZES, disturbing_prompts=1))
     assert (gaps.streams, gaps.prompts, gaps.error) == (4, 1, None)
+    assert all((each["max_tokens"] == 512) == (each.get("logit_bias") == {"7": -100}) for each in server.bodies)
     assert gaps.with_prompts.longest > 0.25 > gaps.alone.p50 > 0
 
 

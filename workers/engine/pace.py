@@ -12,9 +12,11 @@ LONGEST_SLICE_S = 0.5
 SLICE_PER_STEP = 0.6
 MOST_PER_STEP = 1.2
 # So short a slice (seconds) disturbs nobody.
-SHORTEST_SLICE_S = 0.005
+SHORTEST_SLICE_S = 0.002
 # Weight of the newest measurement in what is known about speed.
 LEARNING_RATE = 0.3
+# The same where a step took longer than is known: that others want the processors, too, is no reason for long slices.
+LEARNING_RATE_OF_SLOW_STEPS = 0.02
 # What was measured with so many times as many rows, or so many times fewer, says nothing.
 ALIKE = 2.0
 
@@ -37,10 +39,13 @@ class Pace:
     def note(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a pass of ``rows`` decoding sequences and slices of ``prompt_tokens`` tokens in all."""
         if not prompt_tokens:
-            self._step_seconds[rows] = _learned(self._step_seconds.get(rows, 0.0), seconds)
+            known = self._step_seconds.get(rows, 0.0)
+            rate = LEARNING_RATE if seconds < known else LEARNING_RATE_OF_SLOW_STEPS
+            self._step_seconds[rows] = _learned(known, seconds, rate)
         elif prompt_tokens >= SMALLEST_EXTRA:
             own = seconds - self._step_of(rows)
-            self._seconds_per_token = _learned(self._seconds_per_token, max(own, 0.1 * seconds) / prompt_tokens)
+            measured = max(own, 0.1 * seconds) / prompt_tokens
+            self._seconds_per_token = _learned(self._seconds_per_token, measured, LEARNING_RATE)
 
     def budget(self, reading: int, rows: int) -> int:
         """Return how many prompt tokens the next pass may carry, for ``reading`` sequences beside ``rows`` that decode.
@@ -70,5 +75,5 @@ class Pace:
         return self._step_seconds[nearest] if times <= ALIKE else 0.0
 
 
-def _learned(known: float, measured: float) -> float:
-    return known + LEARNING_RATE * (measured - known) if known else measured
+def _learned(known: float, measured: float, rate: float) -> float:
+    return known + rate * (measured - known) if known else measured

@@ -71,3 +71,14 @@ def test_the_speed_of_reading_is_learned_without_the_step_beside_it() -> None:
     for _ in range(50):
         pace.note(4, 100, 0.01 + 100 * 0.002)
     assert pace.budget(1, 0) == pytest.approx(0.5 / 0.002, rel=0.05)
+
+
+def test_steps_that_somebody_else_held_up_make_no_longer_slices() -> None:
+    pace = known(rows_4=0.01)
+    for _ in range(3):
+        pace.note(4, 0, 0.03)
+    assert pace.budget(1, 4) * TOKEN_S <= 0.75 * 0.0115
+    # But a step that has become slower for good is believed in the end.
+    for _ in range(300):
+        pace.note(4, 0, 0.03)
+    assert pace.budget(1, 4) * TOKEN_S == pytest.approx(0.75 * 0.03, rel=0.1)

@@ -363,7 +363,8 @@ static void lay_out(Stack *s) {
     const Batch *b = s->batch;
     int half = m->head_dim / 2;
     s->tile_count = 0;
-    for (int n = 0; n < b->span_count; n++) {
+    /* Slices of prompts, the last spans, come first: begun last, a large item would leave the other threads idle. */
+    for (int n = b->span_count - 1; n >= 0; n--) {
         const Span *span = &b->spans[n];
         for (int i = 0; i < span->count; i++) {
             int row = span->start + i, position = span->context + i;
