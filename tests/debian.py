@@ -128,7 +128,8 @@ def _missing(folder: str, program: Program) -> list[str]:
 
 def _apt(folder: str, *words: str) -> str:
     command = ["apt-get", "-qq", "-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
-    command += ["-o", "Debug::NoLocking=1", "-o", f"APT::Sandbox::User={'root' if os.getuid() == 0 else ''}"]
+    command += ["-o", "Debug::NoLocking=1", "-o", "Acquire::Retries=3"]
+    command += ["-o", f"APT::Sandbox::User={'root' if os.getuid() == 0 else ''}"]
     return _run(folder, *command, *words)
 
 
