@@ -93,7 +93,8 @@ def test_b17_what_is_no_http_is_refused_and_the_connection_closed(door: Door, na
 @pytest.mark.parametrize("host", ["x/v1?a=", "x:y", "", "x y", "[::1", "a" * 300, "127.0.0.1@evil", "x/../livez"])
 def test_b17_the_host_decides_nothing(door: Door, host: str) -> None:
     request = f"GET /nowhere HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
-    for status, headers, body in answers(talk(door.port, request)):
+    # To a client that seems to have left nginx may send the head of an answer without its body.
+    for status, headers, body in answers(talk(door.port, request, half_close=False)):
         assert status in (400, 403, 404, 421), (status, body)
         if headers.get("content-type") != "text/html":
             check_answer(status, headers, body)
